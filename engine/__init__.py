@@ -1,0 +1,1 @@
+"""The step: configuration, model runner, sampler, engine core and its Python faces."""

@@ -1,0 +1,1 @@
+"""What is stored per token and where: specs, block pool, prefix index, manager and device tensors."""

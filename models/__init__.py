@@ -1,0 +1,1 @@
+"""What a checkpoint brings: typed configuration, tokenizer, chat template, weights, layers and decoders."""

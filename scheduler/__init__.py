@@ -1,0 +1,1 @@
+"""Which tokens are computed next: requests, sampling parameters, step plans and the scheduler."""
