@@ -7,9 +7,7 @@ FOLDERS = ("engine", "scheduler", "kvcache", "models", "ops", "server")
 if __name__ == "__main__":
     setup(
         packages=[
-            f"omni_engine.{package}"
-            for folder in FOLDERS
-            for package in find_packages(include=[folder, f"{folder}.*"])
+            f"omni_engine.{package}" for folder in FOLDERS for package in find_packages(include=[folder, f"{folder}.*"])
         ],
         package_dir={"omni_engine": "."},
         py_modules=["omni_engine.__init__"],

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from typing import TypedDict, Union
 
-from typing_extensions import NotRequired
+
+class _Salted(TypedDict, total=False):
+    cache_salt: str  # requests share prefix blocks only with requests of the same salt
 
 
-class TextPrompt(TypedDict):
+class TextPrompt(_Salted):
     """A prompt given as text."""
 
     prompt: str
-    cache_salt: NotRequired[str]
 
 
-class TokensPrompt(TypedDict):
-    """A prompt given as token ids; `prompt` is the text they came from, if known."""
+class _WithText(_Salted, total=False):
+    prompt: str  # the text the ids came from, if known
+
+
+class TokensPrompt(_WithText):
+    """A prompt given as token ids."""
 
     prompt_token_ids: list[int]
-    prompt: NotRequired[str]
-    cache_salt: NotRequired[str]
 
 
 PromptType = Union[str, list[int], TextPrompt, TokensPrompt]  # noqa: UP007  (evaluated on Python 3.10 too)

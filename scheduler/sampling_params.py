@@ -184,9 +184,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
         _require(value >= 0, f"temperature must be non-negative, got {value}.", "temperature", value)
         _require(value <= 2, f"temperature must be in [0, 2], got {value}.", "temperature", value)
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}.", "top_p", self.top_p)
-        _require(
-            self.top_k >= -1, f"top_k must be 0 (disable), or at least 1, got {self.top_k}.", "top_k", self.top_k
-        )
+        _require(self.top_k >= -1, f"top_k must be 0 (disable), or at least 1, got {self.top_k}.", "top_k", self.top_k)
         _require(0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}.", "min_p", self.min_p)
         if self.seed is not None:
             in_range = INT64_MIN <= self.seed <= INT64_MAX
@@ -259,9 +257,7 @@ def _check_list(name: str, values: Any, item_type: type) -> None:
         raise ValidationError(f"{name} must be a list of {kind}, got {_short(values)}.", parameter=name, value=values)
     for value in values:
         if not isinstance(value, item_type) or isinstance(value, bool):
-            raise ValidationError(
-                f"{name} must contain only {kind}, got {_short(value)}.", parameter=name, value=value
-            )
+            raise ValidationError(f"{name} must contain only {kind}, got {_short(value)}.", parameter=name, value=value)
 
 
 def _parse_logit_bias(bias: Mapping[Any, Any], clamp: bool = True) -> dict[int, float]:

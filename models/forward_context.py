@@ -1,0 +1,25 @@
+"""The one side input of a forward pass: where this step's tokens stand and where their KV lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """Requests are ordered: first those that decode (one token each), then those that prefill a chunk.
+
+    A decode-only step has empty `prefill_*` tuples, so that all that changes from step to step is a tensor.
+    Every token's KV is written before any attention of that layer reads, so requests of one step may share blocks.
+    Block 0 is the null block: padding points there, and nobody reads it unmasked.
+    """
+
+    positions: Tensor  # int64 [tokens]
+    slots: Tensor  # int64 [tokens]: block_id * block_size + offset
+    block_table: Tensor  # int32 [requests, max_blocks], padded with 0
+    context_lens: Tensor  # int32 [requests]: tokens in the cache once this step has written
+    num_decode: int  # requests [0, num_decode) have one token each
+    prefill_query_lens: tuple[int, ...] = ()  # tokens of requests [num_decode, requests)
+    prefill_context_lens: tuple[int, ...] = ()  # their context_lens, on the host
