@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+from ..models.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from ..models.config import ModelConfig
+from ..models.config_parser import parse_config
+from ..models.generation_config import extra_eos_token_ids, sampling_defaults
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "half", "float")
@@ -76,3 +83,85 @@ class EngineArgs:
 
 _CHOICES = {f.name: f.metadata["choices"] for f in fields(EngineArgs) if "choices" in f.metadata}
 AsyncEngineArgs = EngineArgs
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """`EngineArgs` resolved against the checkpoint. Torch-free: both sides of the process boundary build it."""
+
+    args: EngineArgs
+    checkpoint: Checkpoint
+    tokenizer_path: Path | None
+    model: ModelConfig
+    dtype: str  # float32 | bfloat16 | float16
+    max_model_len: int | None  # None: as long as the KV cache holds
+    sampling_defaults: dict[str, Any]
+    extra_eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def from_args(cls, args: EngineArgs) -> EngineConfig:
+        """Read config.json and its neighbours; raises ValueError or OSError with what to change."""
+        if not args.model:
+            raise ValueError("no model was given: name a checkpoint directory or a model id")
+        path = resolve_model(args.model, args.revision, args.download_dir)
+        checkpoint = open_checkpoint(
+            path, hf_overrides=args.hf_overrides, with_weights=args.load_format != "dummy"
+        )
+        model = parse_config(checkpoint.config)
+        tokenizer_path = None
+        if not args.skip_tokenizer_init:
+            tokenizer_path = path if args.tokenizer is None else resolve_model(args.tokenizer, None, args.download_dir)
+        return cls(
+            args=args,
+            checkpoint=checkpoint,
+            tokenizer_path=tokenizer_path,
+            model=model,
+            dtype=_resolve_dtype(args.dtype, model.dtype, checkpoint),
+            max_model_len=_resolve_max_model_len(args.max_model_len, model),
+            sampling_defaults=sampling_defaults(
+                checkpoint, args.generation_config, args.override_generation_config
+            ),
+            extra_eos_token_ids=extra_eos_token_ids(checkpoint, args.generation_config),
+        )
+
+    @property
+    def block_size(self) -> int:
+        return self.args.block_size or 16
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        return self.args.max_num_batched_tokens or 2048
+
+    def max_num_seqs(self, device_type: str) -> int:
+        """Rows of the persistent batch; the default depends on the device, which only the core knows.
+
+        Every running request must be able to get a token in each step, so the default yields to the token budget.
+        """
+        return self.args.max_num_seqs or min(128 if device_type == "cpu" else 256, self.max_num_batched_tokens)
+
+
+def _resolve_dtype(wanted: str, config_dtype: str, checkpoint: Checkpoint) -> str:
+    """`auto` keeps the checkpoint's own type, so that it computes as it was saved: config.json's, else the tensors'."""
+    says_dtype = any(checkpoint.config.get(key) is not None for key in ("dtype", "torch_dtype"))
+    own = config_dtype if says_dtype else checkpoint.stored_dtype or config_dtype
+    return {"auto": own, "half": "float16", "float": "float32"}.get(wanted, wanted)
+
+
+def _resolve_max_model_len(wanted: int | str | None, model: ModelConfig) -> int | None:
+    """The length asked for, the model's own by default, or None for `auto`."""
+    if wanted in (-1, "auto"):
+        return None
+    if wanted is None:
+        return model.derived_max_model_len
+    if isinstance(wanted, str) or wanted < 1:
+        raise ValueError(f"max_model_len must be a positive integer, -1 or auto: {wanted}")
+    if wanted > model.derived_max_model_len and not _flag("VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
+        raise ValueError(
+            f"max_model_len is greater than the {model.derived_max_model_len} positions this model was made for; "
+            f"lower it, or set VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 if you know that longer works: {wanted}"
+        )
+    return wanted
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "0").lower() in ("1", "true", "yes")

@@ -34,6 +34,7 @@ class MLAConfig:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+    norm_eps: float = 1e-6  # of the norms on the low ranks: fixed in the published code, not rms_norm_eps
 
 
 @dataclass(frozen=True)

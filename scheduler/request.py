@@ -6,6 +6,7 @@ from enum import IntEnum
 
 import msgspec
 
+from ..kvcache.manager import RequestBlocks
 from .plan import TokenLogprobs
 from .sampling_params import SamplingParams
 
@@ -41,34 +42,45 @@ class RequestUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_reason: int | None = None  # the stop_token_ids entry that was hit; None for EOS
     error: str | None = None  # with finish_reason error: what happened, for the caller
     error_kind: str | None = None  # queue_full (answer 503) | invalid (400) | internal (500)
-    num_cached_tokens: int | None = None  # prompt tokens taken from the prefix cache; told once, at first schedule
+    num_cached_tokens: int | None = None  # prompt tokens from the prefix cache; told with the first token
     num_preemptions: int = 0
-    queued_time: float = 0.0  # monotonic seconds, told once with the first token: arrival in the scheduler,
-    scheduled_time: float = 0.0  # first scheduled
+    queued_time: float = 0.0  # told with the first token, monotonic seconds: when it came to the scheduler
+    scheduled_time: float = 0.0  # likewise: when it was first scheduled
 
 
 class Request:
     """Tokens, status and counters of one sequence. Owned by the scheduler alone."""
 
     __slots__ = (
-        "block_hashes", "block_ids", "num_cached_tokens", "num_computed", "num_preemptions", "num_prompt_logprobs",
-        "num_published_blocks", "queued_time", "row", "scheduled_time", "sequence", "source",
+        "blocks", "end_token_ids", "length_limit", "num_cached_tokens", "num_computed", "num_preemptions",
+        "num_prompt_logprobs", "num_prompt_tokens", "order", "queued_time", "row", "scheduled_time", "source",
         "status", "token_ids",
     )  # fmt: skip
 
-    def __init__(self, source: RequestInput, sequence: int, queued_time: float) -> None:
+    def __init__(
+        self,
+        source: RequestInput,
+        order: tuple[int, int],
+        max_model_len: int,
+        blocks: RequestBlocks,
+        queued_time: float,
+    ) -> None:
+        params = source.params
         self.source = source
-        self.sequence = sequence  # order of arrival; FCFS and ties of priority follow it
+        self.order = order  # (priority, sequence of arrival): smaller goes first; unique
         self.status = RequestStatus.WAITING
         self.token_ids: list[int] = list(source.prompt_token_ids)  # prompt, then what was generated
-        self.num_computed = 0  # tokens whose KV is stored (or will be, by the steps in flight)
-        self.block_ids: list[int] = []
-        self.block_hashes: list[bytes] = []  # hash chain over full hash units of token_ids
-        self.num_published_blocks = 0
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed = 0  # tokens whose KV is stored, or will be by the steps in flight
+        self.blocks = blocks
         self.row = -1  # place in the runner's persistent batch while running
-        self.num_cached_tokens = 0
+        self.length_limit = length_limit(source, max_model_len)
+        self.end_token_ids = frozenset(params.stop_token_ids or ()).union(
+            () if params.ignore_eos else source.eos_token_ids
+        )
+        self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first scheduled
         self.num_preemptions = 0
-        self.num_prompt_logprobs = 0  # prompt positions already reported
+        self.num_prompt_logprobs = 0  # reported so far: prompt positions 1 to this one
         self.queued_time = queued_time
         self.scheduled_time = 0.0
 
@@ -81,17 +93,37 @@ class Request:
         return self.source.params
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.source.prompt_token_ids)
-
-    @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - len(self.source.prompt_token_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def is_finished(self) -> bool:
         return self.status == RequestStatus.FINISHED
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        """A prompt position found in the cache has no logits, so prompt logprobs must all be reported first."""
+        if self.params.prompt_logprobs is None:
+            return not self.params.skip_reading_prefix_cache
+        return self.num_prompt_logprobs >= self.num_prompt_tokens - 1
+
+    def stops_at(self, token_id: int) -> tuple[str, int | None] | None:
+        """(finish_reason, stop_reason) if the sequence ends with `token_id`, the last of its tokens, else None."""
+        if token_id in self.end_token_ids and self.num_output_tokens >= self.params.min_tokens:
+            is_eos = token_id in self.source.eos_token_ids and not self.params.ignore_eos
+            return "stop", None if is_eos else token_id
+        if len(self.token_ids) >= self.length_limit:
+            return "length", None
+        return None
+
+
+def length_limit(source: RequestInput, max_model_len: int) -> int:
+    """Tokens, prompt and output together, at which this sequence ends at the latest."""
+    max_tokens = source.params.max_tokens
+    if max_tokens is None:
+        return max_model_len
+    return min(len(source.prompt_token_ids) + max_tokens, max_model_len)

@@ -1,0 +1,54 @@
+# Every command a newcomer or the CI needs. `make serve` and `make test` set up what they use.
+PYTHON ?= python3
+VENV ?= .venv
+# Installed before anything that depends on it, so that the version is ours to choose.
+TORCH ?= torch==2.13.0
+PORT ?= 8000
+CHECKPOINT ?= demo-checkpoint
+PYTEST_ARGS ?=
+BIN = $(VENV)/bin
+
+.PHONY: serve test test-full lint format types package clean
+
+serve: $(VENV)/.installed  ## set up, make a small random checkpoint, serve it
+	test -f $(CHECKPOINT)/config.json || $(BIN)/python examples/make_random_checkpoint.py $(CHECKPOINT)
+	$(BIN)/omni-engine serve $(CHECKPOINT) --host 127.0.0.1 --port $(PORT)
+
+test: $(VENV)/.installed-dev  ## set up, run the commit tier
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-full: $(VENV)/.installed-dev  ## set up, run every test, the long ones too
+	$(BIN)/python -m pytest -m "full or not full" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+package: $(VENV)/.installed-dev  ## build sdist and wheel into dist/
+	rm -rf build dist
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info $(CHECKPOINT)
+
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77"
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.created pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $(VENV)/.installed $@

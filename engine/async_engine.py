@@ -1,0 +1,287 @@
+"""The engine for an event loop: `AsyncEngine`, whose core runs in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from ..models.config import ModelConfig
+from ..models.tokenizer import Tokenizer
+from ..scheduler.sampling_params import SamplingParams
+from .config import EngineArgs, EngineConfig
+from .core_client import CoreClient
+from .errors import EngineDeadError
+from .front import Front
+from .input_processor import InputProcessor, ProcessedRequest
+from .inputs import PromptType
+from .messages import Abort, Add, CoreInfo, ResetPrefixCache, Updates
+from .outputs import RequestOutput
+
+logger = logging.getLogger(__name__)
+# Longer texts are tokenized in a thread, so that they do not hold up the event loop.
+INLINE_ENCODE_CHARACTERS = 4096
+
+
+class AsyncEngine:
+    """Continuous batching behind an async interface; imports no torch.
+
+    All methods belong to one event loop. `generate` may be called before the engine is ready: it waits. Breaking out
+    of it, or cancelling it, aborts the request.
+    """
+
+    def __init__(self, args: EngineArgs) -> None:
+        self.args = args
+        self._front: Front | None = None
+        self._inputs: InputProcessor | None = None
+        self._client: CoreClient | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._starting: asyncio.Task[None] | None = None
+        self._ready = asyncio.Event()
+        self._stats: dict[str, Any] = {}
+        self._dead_error: EngineDeadError | None = None
+        self._streams: dict[str, asyncio.Queue[RequestOutput | Exception]] = {}
+        self._closing = False
+        self._request_ids = itertools.count()
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs, *, start: bool = False) -> AsyncEngine:
+        """An engine for `args`; with `start` it begins to load at once, which needs a running event loop."""
+        engine = cls(args)
+        if start:
+            engine._starting = asyncio.get_running_loop().create_task(engine.start())
+        return engine
+
+    async def start(self) -> None:
+        """Start the core and load the tokenizer; returns while the core is still loading.
+
+        Raises ValueError or OSError, with what to change, if the checkpoint cannot be used.
+        """
+        if self._client is not None or self._closing:
+            return
+        self._client = await CoreClient.spawn(self.args)
+        try:
+            self._front = await asyncio.to_thread(lambda: Front(EngineConfig.from_args(self.args)))
+        except BaseException as error:
+            self._die(EngineDeadError(str(error)))
+            raise
+        self._tasks.append(asyncio.create_task(self._read_core()))
+
+    async def wait_ready(self) -> None:
+        """Wait until requests can be served; raises `EngineDeadError` if loading failed."""
+        if self._starting is None:
+            self._starting = asyncio.create_task(self.start())
+        await asyncio.shield(self._starting)
+        await self._ready.wait()
+        if self._dead_error is not None:
+            raise self._dead_error
+
+    @property
+    def is_ready(self) -> bool:
+        return self._inputs is not None and not self.errored
+
+    @property
+    def errored(self) -> bool:
+        return self._dead_error is not None
+
+    @property
+    def dead_error(self) -> EngineDeadError | None:
+        return self._dead_error
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._loaded_front.config
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._loaded_front.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence in tokens; known once the engine is ready."""
+        return self._loaded_inputs.max_model_len
+
+    @property
+    def default_sampling_params(self) -> dict[str, Any]:
+        """The sampling fields that generation_config.json and the overrides set."""
+        return self.config.sampling_defaults
+
+    @property
+    def _loaded_front(self) -> Front:
+        if self._front is None:
+            raise EngineDeadError("the engine has not been started: await wait_ready() first")
+        return self._front
+
+    @property
+    def _loaded_inputs(self) -> InputProcessor:
+        if self._inputs is None:
+            raise EngineDeadError("the engine is not ready: await wait_ready() first")
+        return self._inputs
+
+    async def generate(
+        self,
+        prompt: PromptType,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """The outputs of one request as they come, by its output kind.
+
+        Raises `ValidationError` for input that cannot be served, `RequestRejectedError` when too many wait,
+        `RequestFailedError` and `EngineDeadError` when the engine fails.
+        """
+        await self.wait_ready()
+        if self._closing:
+            raise EngineDeadError("the engine is shutting down")
+        if request_id is None:
+            request_id = str(next(self._request_ids))
+        params = sampling_params or self._loaded_front.default_sampling_params()
+        request = await self._process(request_id, prompt, params, priority)
+        stream = self._submit(request)
+        try:
+            while True:
+                item = await stream.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                if item.finished:
+                    return
+        finally:
+            self._forget(request.key)
+
+    async def _process(
+        self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int
+    ) -> ProcessedRequest:
+        text = prompt if isinstance(prompt, str) else prompt.get("prompt") if isinstance(prompt, Mapping) else None
+        if isinstance(text, str) and len(text) > INLINE_ENCODE_CHARACTERS:
+            given: dict[str, Any] = dict(prompt) if isinstance(prompt, Mapping) else {"prompt": text}
+            if given.get("prompt_token_ids") is None:
+                given["prompt_token_ids"] = await asyncio.to_thread(self._loaded_inputs.encode, text)
+            prompt = given  # type: ignore[assignment]
+        if self._dead_error is not None:
+            raise self._dead_error
+        return self._loaded_inputs.process(request_id, prompt, params, priority=priority)
+
+    def _submit(self, request: ProcessedRequest) -> asyncio.Queue[RequestOutput | Exception]:
+        assert self._client is not None
+        self._loaded_front.outputs.add(request)
+        stream: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+        self._streams[request.key] = stream
+        for core_request in request.core_requests:
+            self._client.send(Add(core_request))
+        return stream
+
+    def _forget(self, key: str) -> None:
+        """Drop a request; whatever of it is still being computed is aborted."""
+        self._streams.pop(key, None)
+        core_ids = self._loaded_front.outputs.remove(key)
+        if core_ids and self._client is not None and not self.errored:
+            self._client.send(Abort(core_ids))
+
+    async def abort(self, request_id: str | Sequence[str]) -> None:
+        """End requests by their id; their streams close with finish_reason abort. Unknown ids are ignored."""
+        wanted = {request_id} if isinstance(request_id, str) else set(request_id)
+        core_ids = [
+            core_id
+            for state in self._loaded_front.outputs.requests.values()
+            if state.request_id in wanted
+            for core_id in state.unfinished_core_ids
+        ]
+        if core_ids and self._client is not None:
+            self._client.send(Abort(core_ids))
+
+    async def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; raises `ValidationError`."""
+        await self.wait_ready()
+        inputs = self._loaded_inputs
+        if len(text) > INLINE_ENCODE_CHARACTERS:
+            return await asyncio.to_thread(inputs.encode, text, add_special_tokens=add_special_tokens)
+        return inputs.encode(text, add_special_tokens=add_special_tokens)
+
+    async def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """The prompt text of a conversation; see `Front.render_chat`. Raises ValueError."""
+        await self.wait_ready()
+        return await asyncio.to_thread(self._loaded_front.render_chat, messages, **options)
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes that no running request holds."""
+        await self.wait_ready()
+        assert self._client is not None
+        self._client.send(ResetPrefixCache())
+
+    async def stats(self) -> dict[str, Any]:
+        """The scheduler's counters as of its last step."""
+        return dict(self._stats)
+
+    async def check_health(self) -> None:
+        """Raises `EngineDeadError` if no request can be served any more."""
+        if self._dead_error is not None:
+            raise self._dead_error
+
+    async def shutdown(self, timeout: float = 0) -> None:
+        """Refuse new requests, let running ones end for `timeout` seconds, abort the rest, stop the core."""
+        self._closing = True
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while self._streams and not self.errored and loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        if self._streams and not self.errored:
+            await self.abort([state.request_id for state in self._loaded_front.outputs.requests.values()])
+            deadline = loop.time() + 2.0  # a step may be long; then the streams end with an error instead
+            while self._streams and not self.errored and loop.time() < deadline:
+                await asyncio.sleep(0.01)
+        if self._client is not None:
+            await self._client.close()
+        self._die(EngineDeadError("the engine has been shut down"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _read_core(self) -> None:
+        """Hand what the core says to the streams, until it ends."""
+        assert self._client is not None
+        try:
+            while True:
+                message = await self._client.receive()
+                if isinstance(message, CoreInfo):
+                    self._inputs = self._loaded_front.input_processor(message.max_model_len)
+                    self._ready.set()
+                else:
+                    self._take_updates(message)
+        except EngineDeadError as error:
+            self._die(error)
+        except Exception as error:  # a fault of ours must not leave callers waiting
+            logger.exception("reading from the engine core failed")
+            self._die(EngineDeadError(f"{type(error).__name__}: {error}"))
+
+    def _take_updates(self, message: Updates) -> None:
+        self._stats = msgspec.structs.asdict(message.stats)
+        result = self._loaded_front.outputs.process(message.updates)
+        if result.core_ids_to_abort and self._client is not None:
+            self._client.send(Abort(result.core_ids_to_abort))
+        for state, item in itertools.chain(result.outputs, result.failures):
+            stream = self._streams.get(state.key)
+            if stream is not None:
+                stream.put_nowait(item)
+
+    def _die(self, error: EngineDeadError) -> None:
+        """From here on every request, running or new, gets `error`."""
+        if self._dead_error is None:
+            self._dead_error = error
+        self._ready.set()
+        for stream in self._streams.values():
+            stream.put_nowait(self._dead_error)
+        if self._client is not None:
+            self._client.kill()
+
+
+AsyncLLM = AsyncLLMEngine = AsyncEngine

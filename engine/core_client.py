@@ -1,0 +1,86 @@
+"""The front's end of the core process: starts it, sends to it, reads what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+
+from .config import EngineArgs
+from .errors import EngineDeadError
+from .messages import FRAME_HEADER_BYTES, CoreInfo, Failed, Start, Stop, Updates, frame, from_core_decoder
+
+STREAM_LIMIT_BYTES = 1 << 24
+
+
+class CoreClient:
+    """One engine core process and the socket to it. All methods belong to one event loop."""
+
+    def __init__(self, process: subprocess.Popen[bytes], reader: Any, writer: Any) -> None:
+        self.process = process
+        self._reader: asyncio.StreamReader = reader
+        self._writer: asyncio.StreamWriter = writer
+
+    @classmethod
+    async def spawn(cls, args: EngineArgs) -> CoreClient:
+        """Start the process and tell it what to load; returns before it has loaded."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-m", f"{__package__}.core_process", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a signal to the front's group must not end the core before it has drained
+            )
+        ours.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=STREAM_LIMIT_BYTES)
+        client = cls(process, reader, writer)
+        client.send(Start(asdict(args)))
+        return client
+
+    def send(self, message: msgspec.Struct) -> None:
+        """Queue a message; it is dropped if the core is gone, which `receive` reports."""
+        if not self._writer.is_closing():
+            self._writer.write(frame(message))
+
+    async def receive(self) -> CoreInfo | Updates:
+        """The next message; raises `EngineDeadError` once the core has failed or ended."""
+        try:
+            header = await self._reader.readexactly(FRAME_HEADER_BYTES)
+            body = await self._reader.readexactly(int.from_bytes(header, "little"))
+        except (asyncio.IncompleteReadError, OSError) as error:
+            code = await self._exit_code()
+            raise EngineDeadError(f"the engine core process ended, exit code {code}; its log says why") from error
+        message = from_core_decoder.decode(body)
+        if isinstance(message, Failed):
+            raise EngineDeadError(message.message)
+        return message
+
+    async def _exit_code(self) -> int | None:
+        for _ in range(50):
+            if self.process.poll() is not None:
+                break
+            await asyncio.sleep(0.02)
+        return self.process.returncode
+
+    async def close(self, timeout: float = 2.0) -> None:
+        """Stop the core, by force if it has not ended within `timeout` seconds."""
+        self.send(Stop())
+        deadline = asyncio.get_running_loop().time() + timeout
+        with contextlib.suppress(OSError):
+            await asyncio.wait_for(self._writer.drain(), timeout)
+        while self.process.poll() is None and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.01)
+        self.kill()
+        self._writer.close()
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()

@@ -1,0 +1,126 @@
+"""The engine core as a process of its own: `python -m omni_engine.engine.core_process FD`.
+
+It reads messages from the socket it inherits, steps while there is work, and ends when the socket closes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import msgspec
+
+from .config import EngineArgs, EngineConfig
+from .messages import (
+    FRAME_HEADER_BYTES,
+    Abort,
+    Add,
+    Failed,
+    ResetPrefixCache,
+    Start,
+    Stop,
+    Updates,
+    frame,
+    to_core_decoder,
+)
+
+logger = logging.getLogger(__name__)
+READ_BYTES = 1 << 20
+PR_SET_PDEATHSIG = 1
+
+
+class CoreChannel:
+    """The core's end of the socket: blocking sends, and reads that wait only when there is nothing to compute."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._buffer = bytearray()
+
+    def send(self, message: msgspec.Struct) -> None:
+        self._socket.sendall(frame(message))
+
+    def receive(self, wait: bool) -> Iterator[object]:
+        """The messages that have come; waits for one if asked to. Raises EOFError once the front has gone."""
+        while wait or select.select([self._socket], [], [], 0)[0]:
+            data = self._socket.recv(READ_BYTES)
+            if not data:
+                raise EOFError("the front process closed the connection")
+            self._buffer += data
+            for message in self._messages():
+                wait = False
+                yield message
+
+    def _messages(self) -> Iterator[object]:
+        start = 0
+        while len(self._buffer) - start >= FRAME_HEADER_BYTES:
+            body = start + FRAME_HEADER_BYTES
+            end = body + int.from_bytes(self._buffer[start:body], "little")
+            if len(self._buffer) < end:
+                break
+            yield to_core_decoder.decode(memoryview(self._buffer)[body:end].tobytes())
+            start = end
+        del self._buffer[:start]
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when the front process dies, even in the middle of loading."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def serve(channel: CoreChannel) -> None:
+    """Load as the first message says, then step until told to stop. Raises EOFError when the front is gone."""
+    from .core import EngineCore
+
+    start = next(iter(channel.receive(wait=True)))
+    assert isinstance(start, Start)
+    core = EngineCore.load(EngineConfig.from_args(EngineArgs(**start.args)))
+    channel.send(core.info)
+    while True:
+        updates = []
+        for message in channel.receive(wait=not core.has_unfinished):
+            if isinstance(message, Add):
+                updates += core.add(message.request)
+            elif isinstance(message, Abort):
+                updates += core.abort(message.request_ids)
+            elif isinstance(message, ResetPrefixCache):
+                core.reset_prefix_cache()
+            elif isinstance(message, Stop):
+                return
+        if core.has_unfinished:
+            updates += core.step()
+        channel.send(Updates(updates, core.stats()))
+
+
+def main(argv: list[str]) -> int:
+    _die_with_parent()
+    # Signals of the terminal's process group are the front's to handle; it says Stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    level = os.environ.get("OMNI_ENGINE_LOG_LEVEL", "INFO").upper()
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    channel = CoreChannel(socket.socket(fileno=int(argv[0])))
+    try:
+        serve(channel)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return 0
+    except Exception as error:  # the front must learn why, whatever it was
+        logger.debug("the engine core failed", exc_info=True)
+        expected = isinstance(error, (ValueError, OSError, MemoryError))
+        if not expected:
+            logger.error("the engine core failed", exc_info=not logger.isEnabledFor(logging.DEBUG))
+        message = str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
+        try:
+            channel.send(Failed(message))
+        except OSError:
+            pass
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

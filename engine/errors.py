@@ -1,0 +1,15 @@
+"""The ways an engine can fail a caller; `ValidationError`, for input that can be corrected, is with the parameters."""
+
+from __future__ import annotations
+
+
+class EngineDeadError(RuntimeError):
+    """The engine core failed or ended; no request can be served any more."""
+
+
+class RequestRejectedError(RuntimeError):
+    """The request was refused because too many are waiting; it may be sent again later."""
+
+
+class RequestFailedError(RuntimeError):
+    """The engine could not finish this request, through no fault of the caller."""

@@ -1,0 +1,80 @@
+"""The torch-free half of an engine: tokenizer, chat template, and the way in and out of the core."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..models.chat_template import ChatTemplate
+from ..models.tokenizer import Tokenizer, load_tokenizer
+from ..scheduler.sampling_params import SamplingParams, ValidationError
+from .config import EngineConfig
+from .input_processor import InputProcessor
+from .output_processor import OutputProcessor
+
+
+class Front:
+    """What turns callers' requests into the core's and the core's updates into callers' outputs."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.tokenizer: Tokenizer | None = None
+        self.chat_template: ChatTemplate | None = None
+        if config.tokenizer_path is not None:
+            self.tokenizer = load_tokenizer(config.tokenizer_path)
+            if self.tokenizer.chat_template is not None:
+                self.chat_template = self.compile_template(self.tokenizer.chat_template)
+        self.outputs = OutputProcessor(self.tokenizer)
+
+    def input_processor(self, max_model_len: int) -> InputProcessor:
+        """Made once the core has said how long a sequence may be."""
+        config = self.config
+        eos_token_id = self.tokenizer.eos_token_id if self.tokenizer is not None else None
+        config_eos = config.model.eos_token_ids
+        if eos_token_id is None and config_eos:
+            eos_token_id = config_eos[0]
+        return InputProcessor(
+            self.tokenizer,
+            vocab_size=config.model.vocab_size,
+            max_model_len=max_model_len,
+            max_logprobs=config.args.max_logprobs,
+            eos_token_id=eos_token_id,
+            extra_eos_token_ids=config.extra_eos_token_ids or config_eos,
+            seed=config.args.seed,
+        )
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What a request without parameters gets: the model's generation_config.json over the plain defaults."""
+        return SamplingParams.from_optional(**self.config.sampling_defaults)
+
+    def compile_template(self, source: str) -> ChatTemplate:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise ValidationError("chat needs a tokenizer, but this engine was started without one")
+        return ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt text of a conversation; raises ValueError with the template's own message."""
+        template = self.chat_template if chat_template is None else self.compile_template(chat_template)
+        if template is None:
+            raise ValidationError(
+                "this model has no chat template; give one with --chat-template or chat_template", parameter="messages"
+            )
+        return template.render(
+            list(messages),
+            tools=None if tools is None else list(tools),
+            documents=None if documents is None else list(documents),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **(chat_template_kwargs or {}),
+        )

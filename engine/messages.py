@@ -1,0 +1,69 @@
+"""What the front process and the engine core say to each other: tagged msgpack structs, each in a length-led frame."""
+
+from __future__ import annotations
+
+from typing import Any, Union
+
+import msgspec
+
+from ..scheduler.request import RequestInput, RequestUpdate
+from ..scheduler.scheduler import SchedulerStats
+
+FRAME_HEADER_BYTES = 4  # length of the message that follows, little-endian
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """The first message: the fields of `EngineArgs`."""
+
+    args: dict[str, Any]
+
+
+class Add(msgspec.Struct, frozen=True, tag=True):
+    request: RequestInput
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    request_ids: list[str]
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """End the core once this is read; whatever runs is dropped."""
+
+
+class CoreInfo(msgspec.Struct, frozen=True, tag=True):
+    """The core can serve: what only loading could find out."""
+
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The core ends: why, in one line for the operator."""
+
+    message: str
+
+
+class Updates(msgspec.Struct, frozen=True, tag=True):
+    """What one step, or an abort, changed."""
+
+    updates: list[RequestUpdate]
+    stats: SchedulerStats
+
+
+ToCore = Union[Start, Add, Abort, ResetPrefixCache, Stop]  # noqa: UP007  (evaluated on Python 3.10 too)
+FromCore = Union[CoreInfo, Failed, Updates]  # noqa: UP007
+
+_encoder = msgspec.msgpack.Encoder()
+to_core_decoder = msgspec.msgpack.Decoder(ToCore)
+from_core_decoder = msgspec.msgpack.Decoder(FromCore)
+
+
+def frame(message: msgspec.Struct) -> bytes:
+    """One message as it goes over the socket."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(FRAME_HEADER_BYTES, "little") + body

@@ -1,0 +1,185 @@
+"""From an `EngineConfig` to a loaded model, its KV tensors and its scheduler, with the memory accounted for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..kvcache.budget import (
+    KVCacheBudget,
+    available_kv_bytes,
+    check_model_fit,
+    format_bytes,
+    sequence_bytes,
+    size_kv_cache,
+)
+from ..kvcache.manager import KVCacheManager
+from ..kvcache.spec import KVCacheSpec
+from ..kvcache.tensors import TORCH_DTYPES, allocate_kv_tensors
+from ..models.kv_spec import kv_cache_spec
+from ..models.parallel import ParallelLayout
+from ..models.registry import resolve
+from ..models.weights import initialise_dummy_weights, load_weights
+from ..scheduler.scheduler import Scheduler, SchedulerConfig
+from .config import EngineConfig
+from .model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+GIB = 1 << 30
+# On a CPU the cache shares the machine's memory with everything else, so it stays small unless it is asked to grow.
+DEFAULT_CPU_KV_BYTES = 4 * GIB
+MEMORY_CGROUP = "/sys/fs/cgroup"
+
+
+@dataclass(frozen=True)
+class CoreParts:
+    """What an engine core is made of."""
+
+    scheduler: Scheduler
+    runner: ModelRunner
+    max_model_len: int
+    num_blocks: int
+
+
+def load_core_parts(config: EngineConfig) -> CoreParts:
+    """Check that it fits, load, allocate. Raises ValueError, with the arithmetic and what to change."""
+    device = resolve_device(config.args.device)
+    layout = ParallelLayout()
+    dtype = TORCH_DTYPES[config.dtype]
+    spec = kv_cache_spec(config.model, layout, config.dtype)
+    max_num_seqs = config.max_num_seqs(device.type)
+    model_class = resolve(config.model.architecture).load_class()
+
+    def build(on: torch.device) -> nn.Module:
+        return model_class(config.model, layout, dtype=dtype, device=on)
+
+    weight_bytes = sum(tensor.nbytes for tensor in build(torch.device("meta")).parameters())
+    workspace = workspace_bytes(config, max_num_seqs)
+    check_model_fit(
+        spec,
+        config.block_size,
+        config.block_size if config.max_model_len is None else config.max_model_len,
+        weight_bytes=weight_bytes,
+        available_bytes=available_bytes(device, config.args.gpu_memory_utilization),
+        workspace_bytes=workspace,
+        device=str(device),
+    )
+    model = _load_model(config, build, device)
+    budget = _size_cache(config, spec, device, max_num_seqs, workspace)
+    logger.info("memory on %s:\n%s", device, budget.table(weight_bytes, workspace))
+    manager = KVCacheManager(
+        spec, budget.num_blocks, budget.block_size, enable_prefix_caching=config.args.enable_prefix_caching
+    )
+    scheduler_config = SchedulerConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=budget.max_model_len,
+        enable_chunked_prefill=config.args.enable_chunked_prefill,
+        long_prefill_token_threshold=config.args.long_prefill_token_threshold,
+        policy=config.args.scheduling_policy,
+        max_num_queued_reqs=config.args.max_num_queued_reqs,
+        max_num_queued_tokens=config.args.max_num_queued_tokens,
+    )
+    runner = ModelRunner(
+        model,  # type: ignore[arg-type]  (nn.Module's attributes are dynamic)
+        allocate_kv_tensors(spec, budget.num_blocks, budget.block_size, device),
+        vocab_size=config.model.vocab_size,
+        block_size=budget.block_size,
+        max_num_seqs=max_num_seqs,
+        max_model_len=budget.max_model_len,
+        device=device,
+        logprobs_mode=config.args.logprobs_mode,
+    )
+    return CoreParts(Scheduler(scheduler_config, manager), runner, budget.max_model_len, budget.num_blocks)
+
+
+def resolve_device(name: str) -> torch.device:
+    """cpu, cuda or cuda:N; auto takes cuda where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N: {name}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is not supported yet, only cpu and cuda are: {name}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"torch finds no CUDA device here; use --device cpu: {name}")
+    return device
+
+
+def workspace_bytes(config: EngineConfig, max_num_seqs: int) -> int:
+    """Most bytes a step needs beside weights and cache: float32 logits and noise, and a layer's activations."""
+    model = config.model
+    logits = 3 * 4 * max_num_seqs * model.vocab_size
+    width = max(model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim)
+    return logits + 4 * 4 * config.max_num_batched_tokens * width
+
+
+def available_bytes(device: torch.device, utilization: float) -> int:
+    """Bytes this process may still take on `device`; on a CPU, what the kernel and the control group leave."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return available_kv_bytes(total, total - free, utilization)
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        with open(f"{MEMORY_CGROUP}/memory.max") as limit, open(f"{MEMORY_CGROUP}/memory.current") as current:
+            text = limit.read().strip()
+            if text != "max":
+                available = min(available, int(text) - int(current.read()))
+    except (OSError, ValueError):
+        pass  # no control group, or an older kind: the kernel's word has to do
+    return max(0, available)
+
+
+def _load_model(config: EngineConfig, build: Callable[[torch.device], nn.Module], device: torch.device) -> nn.Module:
+    start = time.monotonic()
+    model = build(device)
+    if config.args.load_format == "dummy":
+        initialise_dummy_weights(model, config.args.seed)  # type: ignore[arg-type]
+    else:
+        load_weights(model, config.checkpoint, config=config.model)  # type: ignore[arg-type]
+    model.eval()
+    logger.info("weights loaded in %.1f s", time.monotonic() - start)
+    return model
+
+
+def _size_cache(
+    config: EngineConfig, spec: KVCacheSpec, device: torch.device, max_num_seqs: int, workspace: int
+) -> KVCacheBudget:
+    """The cache by the caller's number of bytes or blocks, or from the memory that is free with the weights loaded."""
+    args = config.args
+    longest = config.max_model_len or config.model.derived_max_model_len
+    kv_bytes = args.kv_cache_memory_bytes
+    if kv_bytes is None:
+        kv_bytes = max(0, available_bytes(device, args.gpu_memory_utilization) - workspace)
+        if device.type == "cpu":
+            one = sequence_bytes(spec, config.block_size, longest)
+            wanted = _cpu_kv_bytes() or max(DEFAULT_CPU_KV_BYTES, one)
+            kv_bytes = min(kv_bytes, wanted, one * max_num_seqs)
+    logger.debug("KV cache budget %s", format_bytes(kv_bytes))
+    return size_kv_cache(
+        spec,
+        config.block_size,
+        kv_bytes,
+        longest,
+        fit_max_model_len=config.max_model_len is None,
+        num_blocks=args.num_gpu_blocks_override,
+    )
+
+
+def _cpu_kv_bytes() -> int | None:
+    """VLLM_CPU_KVCACHE_SPACE, in GiB, as vLLM's CPU build reads it; 0 or unset: our default."""
+    text = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "0")
+    try:
+        return int(float(text) * GIB) or None
+    except ValueError as error:
+        raise ValueError(f"VLLM_CPU_KVCACHE_SPACE must be a number of GiB: {text}") from error

@@ -1,0 +1,1 @@
+"""One module per model family: how its config.json is read."""

@@ -1,0 +1,163 @@
+"""Reads config.json of the DeepSeek-V2 and DeepSeek-V3 families (R1, V3.1, Kimi-K2 and Moonlight are the latter)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import MLAConfig, ModelConfig, MoEConfig
+from .common import finish, layer_windows, read_position, read_sizes
+from .reader import ConfigReader
+
+# MLA has no heads of its own for keys and values, and its head sizes have their own keys: the general ones that
+# transformers derives and saves are without effect.
+DERIVED = ("head_dim", "qk_head_dim")
+
+
+def parse_deepseek_v2(raw: Mapping[str, Any]) -> ModelConfig:
+    """Softmax routing, greedy or limited to the groups with the best expert. Defaults: DeepseekV2Config.
+
+    norm_topk_prob is refused: the published model code normalises instead of scaling, transformers ignores the key,
+    and no published checkpoint sets it.
+    """
+    reader = ConfigReader(raw)
+    reader.require_neutral(
+        {
+            "scoring_func": ("softmax",),
+            "norm_topk_prob": (False,),
+            "num_nextn_predict_layers": (0,),
+            "rope_interleave": (True,),
+        }
+    )
+    sizes = _sizes(reader, vocab_size=102_400, max_position=2048)
+    method = reader.choice("topk_method", ("greedy", "group_limited_greedy"), "greedy")
+    routed = _Routed(reader, sizes["num_layers"], experts=64, per_token=None, shared=2, size=1407, scale=1.0, dense=0)
+    groups = routed.groups(None, None) if method == "group_limited_greedy" else routed.ignore_groups()
+    moe = routed.config(groups, scoring="softmax", norm_topk_prob=False, group_score="max", has_correction_bias=False)
+    return _model(reader, sizes, moe, interleaved=True, mlp_bias=reader.boolean("mlp_bias", False))
+
+
+def parse_deepseek_v3(raw: Mapping[str, Any]) -> ModelConfig:
+    """Sigmoid routing with a correction bias, limited to the groups with the best two experts ("noaux_tc").
+    Defaults: DeepseekV3Config."""
+    reader = ConfigReader(raw)
+    reader.require_neutral({"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)})
+    sizes = _sizes(reader, vocab_size=129_280, max_position=4096)
+    routed = _Routed(reader, sizes["num_layers"], experts=256, per_token=8, shared=1, size=2048, scale=2.5, dense=3)
+    norm = reader.boolean("norm_topk_prob", True)
+    moe = routed.config(
+        routed.groups(8, 4), scoring="sigmoid", norm_topk_prob=norm, group_score="top2", has_correction_bias=True
+    )
+    mtp = reader.integer("num_mtp_layers", 1, minimum=0, maximum=64)  # transformers' name for the next
+    mtp = reader.integer("num_nextn_predict_layers", mtp, minimum=0, maximum=64)
+    return _model(reader, sizes, moe, interleaved=reader.boolean("rope_interleave", True), num_mtp_layers=mtp)
+
+
+def _sizes(reader: ConfigReader, *, vocab_size: int, max_position: int) -> dict[str, Any]:
+    heads = reader.integer("num_attention_heads")
+    shared = ConfigReader({**reader.raw, "num_key_value_heads": heads}, reader.where)
+    sizes = read_sizes(shared, vocab_size=vocab_size, max_position=max_position, kv_heads=None)
+    reader.read |= shared.read
+    return sizes
+
+
+def _model(
+    reader: ConfigReader, sizes: dict[str, Any], moe: MoEConfig | None, *, interleaved: bool, **fields: Any
+) -> ModelConfig:
+    """The attention half, the same in both families. attention_bias covers the down projections and o."""
+    mla = MLAConfig(
+        q_lora_rank=reader.optional_integer("q_lora_rank", 1536),
+        kv_lora_rank=reader.integer("kv_lora_rank", 512),
+        qk_nope_head_dim=reader.integer("qk_nope_head_dim", 128),
+        qk_rope_head_dim=reader.integer("qk_rope_head_dim", 64),
+        v_head_dim=reader.integer("v_head_dim", 128),
+    )
+    bias = reader.boolean("attention_bias", False)
+    for key in DERIVED:
+        reader.get(key)
+    config = ModelConfig(
+        **sizes,
+        **read_position(reader, sizes, dim=mla.qk_rope_head_dim, interleaved=interleaved),
+        **layer_windows(reader, sizes["num_layers"], None, 0),
+        head_dim=mla.qk_nope_head_dim + mla.qk_rope_head_dim,
+        qkv_bias=bias,
+        o_bias=bias,
+        mla=mla,
+        moe=moe,
+        **fields,
+    )
+    finish(reader)
+    return config
+
+
+class _Routed:
+    """The expert keys of both families; keyword arguments are the family's defaults."""
+
+    def __init__(
+        self,
+        reader: ConfigReader,
+        num_layers: int,
+        *,
+        experts: int,
+        per_token: int | None,
+        shared: int,
+        size: int,
+        scale: float,
+        dense: int,
+    ) -> None:
+        self.reader = reader
+        self.experts = experts if "n_routed_experts" not in reader.raw else 0  # null: a dense model
+        self.experts = reader.integer("n_routed_experts", self.experts, minimum=0)
+        for name in ("num_experts", "num_local_experts"):  # transformers' names for the same number
+            if reader.get(name) not in (None, self.experts):
+                raise reader.error(name, f"equal to n_routed_experts {self.experts} where both are there")
+        first = reader.integer("first_k_dense_replace", dense, minimum=0)
+        every = reader.integer("moe_layer_freq", 1)
+        self.layers = frozenset(layer for layer in range(first, num_layers) if layer % every == 0)
+        self.present = bool(self.experts and self.layers)
+        self.per_token = reader.optional_integer("num_experts_per_tok", per_token) or 0
+        if self.present and not 1 <= self.per_token <= self.experts:
+            raise reader.error("num_experts_per_tok", f"an integer in [1, n_routed_experts = {self.experts}]")
+        self.size = reader.integer("moe_intermediate_size", size)
+        self.scale = reader.number("routed_scaling_factor", scale)
+        self.shared = shared if "n_shared_experts" not in reader.raw else 0  # null: none
+        self.shared = reader.integer("n_shared_experts", self.shared, minimum=0)
+
+    def ignore_groups(self) -> tuple[int, int]:
+        """Greedy routing: the group keys may be there and have no effect."""
+        self.reader.get("n_group")
+        self.reader.get("topk_group")
+        return 1, 1
+
+    def groups(self, default_groups: int | None, default_kept: int | None) -> tuple[int, int]:
+        """(n_group, topk_group); null means one group."""
+        reader = self.reader
+        groups = reader.optional_integer("n_group", default_groups) or 1
+        kept = reader.optional_integer("topk_group", default_kept if groups > 1 else 1) or 1
+        if not self.present:
+            return groups, kept
+        if self.experts % groups:
+            raise reader.error("n_group", f"a divisor of n_routed_experts {self.experts}")
+        if kept > groups:
+            raise reader.error("topk_group", f"at most n_group {groups}")
+        if kept * (self.experts // groups) < self.per_token:
+            raise reader.error("topk_group", f"so many that they hold num_experts_per_tok {self.per_token} experts")
+        return groups, kept
+
+    def config(self, groups: tuple[int, int], *, group_score: str, **fields: Any) -> MoEConfig | None:
+        if not self.present:
+            return None
+        if group_score == "top2" and groups[0] > 1 and self.experts // groups[0] < 2:
+            raise self.reader.error("n_group", f"so few that a group has two of the {self.experts} experts")
+        return MoEConfig(
+            num_experts=self.experts,
+            experts_per_token=self.per_token,
+            intermediate_size=self.size,
+            num_groups=groups[0],
+            groups_per_token=groups[1],
+            group_score=group_score,
+            routed_scaling_factor=self.scale,
+            num_shared_experts=self.shared,
+            layers=self.layers,
+            **fields,
+        )

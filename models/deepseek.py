@@ -1,0 +1,28 @@
+"""DeepSeek-V2 and V3: latent attention and experts with shared ones beside them."""
+
+from __future__ import annotations
+
+from .layers.decoder import CausalDecoder, DecoderLayer
+from .layers.mla import MLAAttention
+from .layers.mlp import GatedMLP
+from .layers.moe import MoE
+from .layers.placement import Placement
+
+
+class DeepseekV2ForCausalLM(CausalDecoder):
+    """DeepSeek-V2 (arXiv:2405.04434): softmax routing, limited to groups by their best expert."""
+
+    def build_layer(self, index: int, placement: Placement) -> DecoderLayer:
+        config = self.config
+        if config.mla is None:
+            raise ValueError(f"{config.architecture} needs latent attention in its config (kv_lora_rank): None")
+        attention = MLAAttention(config, config.mla, placement)
+        if config.moe is not None and index in config.moe.layers:
+            mlp = MoE(config.hidden_size, config.moe, placement, bias=config.mlp_bias)
+        else:
+            mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement, bias=config.mlp_bias)
+        return DecoderLayer(config, attention, mlp, placement)
+
+
+class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
+    """DeepSeek-V3, R1 (arXiv:2412.19437), Kimi-K2: sigmoid routing with a correction bias, groups by their top two."""

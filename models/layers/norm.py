@@ -1,0 +1,30 @@
+"""The RMS norm layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from ...ops.norm import add_rms_norm, rms_norm
+from ..weights import WeightSlot
+from .placement import Placement
+
+
+class RMSNorm(nn.Module):
+    """Normalises the last dimension, of size `dim`."""
+
+    def __init__(self, dim: int, epsilon: float, placement: Placement) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = placement.empty(dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, self.weight, self.epsilon)
+
+    def add(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of `residual + hidden`, and that sum."""
+        return add_rms_norm(hidden, residual, self.weight, self.epsilon)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        yield WeightSlot(f"{prefix}.weight", self.weight)

@@ -1,0 +1,459 @@
+"""The scheduler: which tokens of which requests the next step computes, and what its output means for them."""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable
+from heapq import heappop, heappush
+from itertools import pairwise
+
+import msgspec
+
+from ..kvcache.manager import KVCacheManager
+from .config import SchedulerConfig
+from .plan import NewRow, StepOutput, StepPlan, TokenLogprobs
+from .queue import WaitingQueue
+from .request import Request, RequestInput, RequestStatus, RequestUpdate, length_limit
+
+
+class SchedulerStats(msgspec.Struct, frozen=True):
+    """A snapshot for metrics and logs. Counters grow from the start of the engine."""
+
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int  # prompt tokens of the waiting requests
+    kv_cache_usage: float  # share of the blocks that is pinned, in [0, 1]
+    prefix_cache_queries: int  # counter, tokens
+    prefix_cache_hits: int  # counter, tokens
+    num_preemptions: int  # counter
+
+
+class _Draft:
+    """A plan in the making. Entries that decode (one token, then a sample) stand apart: they come first in the plan."""
+
+    __slots__ = (
+        "budget", "chunks", "decode_block_ids", "decode_computed", "decode_requests", "decode_rows", "is_short",
+        "new_rows",
+    )  # fmt: skip
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget  # tokens that may still be planned
+        self.is_short = False  # blocks ran out: somebody was preempted, or waits for a block
+        self.new_rows: list[NewRow] = []
+        self.decode_requests: list[Request] = []
+        self.decode_rows: list[int] = []
+        self.decode_computed: list[int] = []
+        self.decode_block_ids: list[list[int]] = []
+        self.chunks: list[tuple[Request, int, int, list[int], bool]] = []  # request, computed, count, new ids, samples
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.decode_requests and not self.chunks
+
+    def add(self, request: Request, num_computed: int, count: int, new_block_ids: list[int]) -> None:
+        samples = num_computed + count == len(request.token_ids)
+        if samples and count == 1:
+            self.decode_requests.append(request)
+            self.decode_rows.append(request.row)
+            self.decode_computed.append(num_computed)
+            self.decode_block_ids.append(new_block_ids)
+        else:
+            self.chunks.append((request, num_computed, count, new_block_ids, samples))
+        self.budget -= count
+
+
+class Scheduler:
+    """One rule: a request has `num_computed` tokens and a number it should have; each step gives it tokens to catch up.
+
+    Requests are served in the order of `Request.order`. Running ones come before waiting ones, unless a waiting one is
+    more urgent under the "priority" policy. Who finds no block takes those of the last in line, which starts over later
+    (its prefix usually still cached); the first in line therefore always goes on, and a request that could not run even
+    alone is refused by `add`.
+
+    `num_computed` advances when a step is planned, tokens are appended when its output is read. A request whose last
+    token is still being sampled has nothing to catch up with and is left out of a plan made meanwhile, so plans may be
+    made ahead; their outputs must come in the order of the plans. The entries of a step in flight hold the request, not
+    its id or row: what arrives for a request that has been aborted meanwhile is dropped.
+    """
+
+    def __init__(self, config: SchedulerConfig, kv: KVCacheManager) -> None:
+        self.config = config
+        self.kv = kv
+        self.requests: dict[str, Request] = {}  # all that are not finished
+        self.running: list[Request] = []  # sorted by order
+        self.waiting = WaitingQueue()
+        self._by_priority = config.policy == "priority"
+        self._num_arrived = 0
+        self._num_planned = 0
+        self._num_preemptions = 0
+        self._free_rows = list(range(config.max_num_seqs))  # a heap
+        self._released_rows: list[int] = []  # not told yet
+        self._in_flight: deque[tuple[int, list[Request]]] = deque()  # step, its requests in the order of its entries
+
+    def add(self, source: RequestInput) -> RequestUpdate | None:
+        """Queue a request, or return the update that refuses it."""
+        refusal = self._refusal(source)
+        if refusal is not None:
+            kind, message = refusal
+            return RequestUpdate(source.request_id, finish_reason="error", error=message, error_kind=kind)
+        order = (source.priority if self._by_priority else 0, self._num_arrived)
+        self._num_arrived += 1
+        blocks = self.kv.new_blocks(source.cache_salt)
+        request = Request(source, order, self.config.max_model_len, blocks, time.monotonic())
+        self.requests[source.request_id] = request
+        self.waiting.add(request)
+        return None
+
+    def abort(self, request_ids: Iterable[str]) -> list[RequestUpdate]:
+        """End requests in whatever phase they are. Unknown and finished ids are ignored."""
+        found = [self.requests[request_id] for request_id in dict.fromkeys(request_ids) if request_id in self.requests]
+        return self._end(found, "abort")
+
+    def fail_all(self, message: str) -> list[RequestUpdate]:
+        """End every request because a step failed. What that step should have stored is forgotten too."""
+        self._in_flight.clear()
+        updates = self._end(list(self.requests.values()), "error", message, "internal")
+        self.kv.reset_prefix_cache()  # blocks are published when a step is planned; the failed one may not have run
+        return updates
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step. A plan without rows means that there is nothing to do; it is not to be executed."""
+        draft = _Draft(self.config.max_num_batched_tokens)
+        self._plan_running(draft)
+        # Whoever was preempted in this step would only take back the blocks; but where nothing else goes on, it may.
+        if not draft.is_short or (draft.is_empty and not self._in_flight):
+            while draft.budget and (head := self.waiting.peek()) is not None and self._admit(head, draft):
+                pass
+        return self._plan(draft)
+
+    def update(self, plan: StepPlan, output: StepOutput) -> list[RequestUpdate]:
+        """Take in the output of the oldest plan in flight: append tokens, end what is complete, say what changed.
+
+        An entry may bring several tokens; those behind the one that ends its request are dropped. ValueError where the
+        output is not that plan's; then the scheduler's state is as before.
+        """
+        requests = self._take_in_flight(plan, output)
+        all_logprobs, all_prompt_logprobs = output.logprobs, output.prompt_logprobs
+        finished = RequestStatus.FINISHED
+        updates: list[RequestUpdate] = []
+        ended: list[Request] = []
+        for entry, tokens in enumerate(output.token_ids):
+            request = requests[entry]
+            if request.status is finished:
+                continue
+            token_ids = request.token_ids
+            num_before = len(token_ids)
+            end_token_ids, limit = request.end_token_ids, request.length_limit
+            ending = None
+            for token_id in tokens:
+                token_ids.append(token_id)
+                if token_id in end_token_ids or len(token_ids) >= limit:
+                    ending = request.stops_at(token_id)
+                    if ending is not None:
+                        ended.append(request)
+                        break
+            logprobs = all_logprobs.get(entry) if all_logprobs else None
+            prompt_logprobs = all_prompt_logprobs.get(entry) if all_prompt_logprobs else None
+            if ending is None and prompt_logprobs is None and num_before > request.num_prompt_tokens:
+                num_preemptions = request.num_preemptions
+                updates.append(
+                    RequestUpdate(request.source.request_id, tokens, logprobs, num_preemptions=num_preemptions)
+                )
+            elif tokens or prompt_logprobs:
+                updates.append(_full_update(request, num_before, logprobs, prompt_logprobs, ending))
+        if ended:
+            self._release(ended)
+        return updates
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.requests)
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_waiting_tokens=self.waiting.num_prompt_tokens,
+            kv_cache_usage=self.kv.usage,
+            prefix_cache_queries=self.kv.num_queried_tokens,
+            prefix_cache_hits=self.kv.num_hit_tokens,
+            num_preemptions=self._num_preemptions,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless rows, order and blocks are where the requests say they are."""
+        self.kv.check_integrity(request.blocks for request in self.requests.values())
+        running = self.running
+        if any(first.order > second.order for first, second in pairwise(running)):
+            raise RuntimeError("scheduler integrity: running requests are out of order")
+        rows = sorted([request.row for request in running] + self._free_rows)
+        if rows != list(range(self.config.max_num_seqs)):
+            raise RuntimeError(f"scheduler integrity: every row must be free or held once: {rows}")
+        if len(running) + len(self.waiting) != len(self.requests):
+            raise RuntimeError("scheduler integrity: a request must run or wait, not both and not neither")
+
+    def _refusal(self, source: RequestInput) -> tuple[str, str] | None:
+        """(error_kind, message) where the request cannot be taken, now or ever."""
+        config, kv = self.config, self.kv
+        num_prompt = len(source.prompt_token_ids)
+        if source.request_id in self.requests:
+            return "invalid", f"a request with this id is running already; choose another: {source.request_id}"
+        if not num_prompt:
+            return "invalid", "the prompt must hold at least one token: 0"
+        if num_prompt >= config.max_model_len:
+            return "invalid", (
+                f"the model's maximum context length is {config.max_model_len} tokens, output included; "
+                f"shorten the prompt, its number of tokens is: {num_prompt}"
+            )
+        if num_prompt > config.max_num_batched_tokens and not config.enable_chunked_prefill:
+            return "invalid", (
+                "without chunked prefill a prompt must fit into one step of max_num_batched_tokens="
+                f"{config.max_num_batched_tokens}; enable chunked prefill, raise it or shorten the prompt, "
+                f"its number of tokens is: {num_prompt}"
+            )
+        # The KV of the last token is never needed: nothing follows it.
+        num_blocks = kv.blocks_for(length_limit(source, config.max_model_len) - 1)
+        if num_blocks > kv.pool.num_usable:
+            return "invalid", (
+                f"the KV cache holds {kv.pool.num_usable} blocks of {kv.block_size} tokens; lower max_tokens, shorten "
+                f"the prompt or enlarge the cache: {num_prompt} prompt tokens and "
+                f"{length_limit(source, config.max_model_len) - num_prompt} output tokens need blocks: {num_blocks}"
+            )
+        max_requests, max_tokens = config.max_num_queued_reqs, config.max_num_queued_tokens
+        if max_requests is not None and len(self.waiting) >= max_requests:
+            return "queue_full", f"too many requests are waiting (max_num_queued_reqs); retry later: {max_requests}"
+        if max_tokens is not None and self.waiting.num_prompt_tokens >= max_tokens:
+            return (
+                "queue_full",
+                f"too many prompt tokens are waiting (max_num_queued_tokens); retry later: {max_tokens}",
+            )
+        return None
+
+    def _plan_running(self, draft: _Draft) -> None:
+        """Give tokens to the running requests, and to waiting ones that are more urgent than the next running one."""
+        running, kv = self.running, self.kv
+        decode_requests, decode_rows = draft.decode_requests, draft.decode_rows
+        decode_computed, decode_block_ids = draft.decode_computed, draft.decode_block_ids
+        none_new: list[int] = []  # one list for all entries without new blocks; nobody writes to it
+        may_jump = self._by_priority
+        index = 0
+        while index < len(running) and draft.budget:
+            request = running[index]
+            if may_jump:
+                head = self.waiting.peek()
+                if head is not None and head.order[0] < request.order[0]:
+                    # Admitted, it stands at or before `index`, where all have been served.
+                    may_jump = self._admit(head, draft, is_urgent=True)
+                    index += may_jump
+                    continue
+            index += 1
+            blocks, num_computed = request.blocks, request.num_computed
+            count = len(request.token_ids) - num_computed
+            if count == 1:  # what `_Draft.add` does, spelled out: this is the path of every decoding request
+                new_block_ids = none_new
+                if num_computed >= blocks.capacity:
+                    new_block_ids = self._grow(request, num_computed + 1, draft)
+                    if new_block_ids is None:
+                        break
+                decode_requests.append(request)
+                decode_rows.append(request.row)
+                decode_computed.append(num_computed)
+                decode_block_ids.append(new_block_ids)
+                draft.budget -= 1
+                num_computed += 1
+                request.num_computed = num_computed
+                if num_computed >= blocks.next_publish:
+                    kv.publish(blocks, request.token_ids, num_computed)
+            elif count:
+                count = min(count, self.config.long_prefill_token_threshold or count, draft.budget)
+                new_block_ids = self._grow(request, num_computed + count, draft)
+                if new_block_ids is None:
+                    break
+                self._compute(request, count, new_block_ids, draft)
+
+    def _grow(self, request: Request, num_tokens: int, draft: _Draft) -> list[int] | None:
+        """New block ids for a running request, at the cost of those behind it. None where it is the last itself: then
+        it keeps what it has and waits for those before it, which have been served in this step."""
+        while (block_ids := self.kv.allocate(request.blocks, num_tokens)) is None:
+            draft.is_short = True
+            if self.running[-1] is request:
+                return None
+            self._preempt_last()
+        return block_ids
+
+    def _compute(self, request: Request, count: int, new_block_ids: list[int], draft: _Draft) -> None:
+        draft.add(request, request.num_computed, count, new_block_ids)
+        request.num_computed += count
+        self.kv.publish(request.blocks, request.token_ids, request.num_computed)
+
+    def _admit(self, request: Request, draft: _Draft, is_urgent: bool = False) -> bool:
+        """Let the head of the queue run, if budget, rows and blocks allow. An urgent one takes the place of less urgent
+        requests, all of which stand behind those planned so far."""
+        if not self._free_rows and not is_urgent:
+            return False
+        kv, token_ids = self.kv, request.token_ids
+        prefix_ids = kv.find_prefix(request.blocks, token_ids) if request.reads_prefix_cache else []
+        num_cached = len(prefix_ids) * kv.block_size
+        count = self._first_count(len(token_ids) - num_cached, draft.budget)
+        if not count:
+            return False
+        num_tokens = num_cached + count
+        while not self._free_rows or (
+            (block_ids := kv.admit(request.blocks, prefix_ids, num_tokens, len(token_ids))) is None
+        ):
+            if not is_urgent or not self._can_make_room(request, kv.blocks_for(len(token_ids)) - len(prefix_ids)):
+                return False
+            self._preempt_last()
+            draft.is_short = True
+        self._start(request, num_cached, draft)
+        self._compute(request, count, block_ids, draft)
+        return True
+
+    def _first_count(self, missing: int, budget: int) -> int:
+        """Tokens for a request that has `missing` to compute when it is let in; 0: it waits."""
+        config = self.config
+        if config.enable_chunked_prefill:
+            return min(missing, config.long_prefill_token_threshold or missing, budget)
+        if missing <= budget:
+            return missing
+        # With its output a preempted request may have outgrown a step; it cannot come back whole.
+        return budget if missing > config.max_num_batched_tokens else 0
+
+    def _can_make_room(self, request: Request, num_blocks: int) -> bool:
+        """Whether preempting all that is less urgent can free a row and `num_blocks` (shared blocks count as free)."""
+        victims = [other for other in self.running if other.order[0] > request.order[0]]
+        free = self.kv.pool.num_free + sum(len(victim.blocks.block_ids) for victim in victims)
+        return bool(victims) and num_blocks <= free
+
+    def _start(self, request: Request, num_cached: int, draft: _Draft) -> None:
+        taken = self.waiting.pop()
+        assert taken is request
+        if request.num_preemptions == 0:
+            request.scheduled_time = time.monotonic()
+            request.num_cached_tokens = num_cached
+            if request.reads_prefix_cache and self.kv.enable_prefix_caching:
+                self.kv.count_lookup(len(request.token_ids), num_cached)
+        request.status = RequestStatus.RUNNING
+        request.num_computed = num_cached
+        request.row = heappop(self._free_rows)
+        insort(self.running, request, key=_order)
+        source = request.source
+        draft.new_rows.append(
+            NewRow(
+                row=request.row,
+                request_id=source.request_id,
+                token_ids=list(request.token_ids),
+                num_prompt_tokens=request.num_prompt_tokens,
+                params=source.params,
+                eos_token_ids=source.eos_token_ids,
+                bad_words_token_ids=source.bad_words_token_ids,
+                prompt_logprobs_start=request.num_prompt_logprobs + 1,
+            )
+        )
+
+    def _preempt_last(self) -> None:
+        request = self.running.pop()
+        self._take_back(request)
+        request.num_computed = 0
+        request.num_preemptions += 1
+        request.status = RequestStatus.PREEMPTED
+        self._num_preemptions += 1
+        self.waiting.add(request)
+
+    def _take_back(self, request: Request) -> None:
+        """Blocks and row of a running request. A step in flight may still write there: on the device it comes before
+        every step that is planned from now on."""
+        self.kv.free(request.blocks)
+        self._released_rows.append(request.row)
+        heappush(self._free_rows, request.row)
+        request.row = -1
+
+    def _release(self, requests: list[Request]) -> None:
+        """Finish requests, running or waiting."""
+        for request in requests:
+            if request.status is RequestStatus.RUNNING:
+                self._take_back(request)
+            else:
+                self.waiting.remove(request)
+            request.status = RequestStatus.FINISHED
+            del self.requests[request.source.request_id]
+        self.running = [request for request in self.running if request.status is RequestStatus.RUNNING]
+
+    def _end(
+        self, requests: list[Request], reason: str, error: str | None = None, error_kind: str | None = None
+    ) -> list[RequestUpdate]:
+        self._release(requests)
+        return [
+            RequestUpdate(
+                request.request_id,
+                finish_reason=reason,
+                error=error,
+                error_kind=error_kind,
+                num_preemptions=request.num_preemptions,
+            )
+            for request in requests
+        ]
+
+    def _plan(self, draft: _Draft) -> StepPlan:
+        if draft.is_empty:
+            return StepPlan(self._num_planned, [], [], [], [], [], [], [])
+        chunks = draft.chunks
+        num_decode = len(draft.decode_requests)
+        step = self._num_planned
+        self._num_planned += 1
+        self._in_flight.append((step, draft.decode_requests + [chunk[0] for chunk in chunks]))
+        released_rows, self._released_rows = self._released_rows, []
+        return StepPlan(
+            step=step,
+            released_rows=released_rows,
+            new_rows=draft.new_rows,
+            rows=draft.decode_rows + [chunk[0].row for chunk in chunks],
+            num_computed=draft.decode_computed + [chunk[1] for chunk in chunks],
+            num_tokens=[1] * num_decode + [chunk[2] for chunk in chunks],
+            new_block_ids=draft.decode_block_ids + [chunk[3] for chunk in chunks],
+            samples=[True] * num_decode + [chunk[4] for chunk in chunks],
+        )
+
+    def _take_in_flight(self, plan: StepPlan, output: StepOutput) -> list[Request]:
+        if not self._in_flight:
+            raise ValueError(f"no step is in flight, so no output is expected: {output.step}")
+        step, requests = self._in_flight[0]
+        if not plan.step == output.step == step:
+            raise ValueError(f"expected the output of step {step} with its plan, got: {output.step} and {plan.step}")
+        if [bool(tokens) for tokens in output.token_ids] != plan.samples:
+            raise ValueError(f"the output must hold tokens for the entries that sample, and no others: step {step}")
+        self._in_flight.popleft()
+        return requests
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.order
+
+
+def _full_update(
+    request: Request,
+    num_before: int,
+    logprobs: list[TokenLogprobs] | None,
+    prompt_logprobs: list[TokenLogprobs] | None,
+    ending: tuple[str, int | None] | None,
+) -> RequestUpdate:
+    """The update of a request that begins, ends or reports prompt logprobs; it had `num_before` tokens."""
+    if prompt_logprobs is not None:
+        request.num_prompt_logprobs += len(prompt_logprobs)
+    new_token_ids = request.token_ids[num_before:]
+    begins = bool(new_token_ids) and num_before == request.num_prompt_tokens
+    finish_reason, stop_reason = ending or (None, None)
+    return RequestUpdate(
+        request_id=request.source.request_id,
+        new_token_ids=new_token_ids,
+        logprobs=logprobs[: len(new_token_ids)] if logprobs is not None else None,
+        prompt_logprobs=prompt_logprobs,
+        finish_reason=finish_reason,
+        stop_reason=stop_reason,
+        num_cached_tokens=request.num_cached_tokens if begins else None,
+        num_preemptions=request.num_preemptions,
+        queued_time=request.queued_time if begins else 0.0,
+        scheduled_time=request.scheduled_time if begins else 0.0,
+    )

@@ -1,0 +1,177 @@
+"""Tiny random checkpoints saved by transformers, the oracle that reads them, shared by all tests."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SPECIAL_TOKENS = ["<|bos|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 3
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+TOKENIZER_TEXT = (
+    "The harbour lies below the town, and every morning the boats go out before the light comes over the hill.",
+    "A request has tokens that were computed and tokens that should be; each step gives it some more of them.",
+    "Was man nicht weiß, das eben brauchte man, und was man weiß, kann man nicht brauchen.",
+    "Three plus four is seven; seven times eight is fifty-six; the answer is written on the last page.",
+    "今天天气很好，我们去海边走走。 Привет, мир! 🚢 naïve café",
+    "def step(self):\n    plan = self.schedule()\n    return self.execute(plan)\n",
+)
+
+# Small, ragged, far from the defaults: no size is a power of two where the architecture allows another.
+COMMON = {
+    "vocab_size": 515,
+    "hidden_size": 64,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+DEEPSEEK = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 12,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"sliding_window": 11},
+    "Qwen2ForCausalLM": {},
+    "Qwen3ForCausalLM": {"head_dim": 24},
+    "Qwen3MoeForCausalLM": {
+        "head_dim": 24,
+        "num_experts": 10,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+    "DeepseekV2ForCausalLM": {
+        **DEEPSEEK,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 1.7,
+    },
+    "DeepseekV3ForCausalLM": {**DEEPSEEK, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 0},
+}
+
+
+def randomise(model: Any, seed: int) -> None:
+    """Draws every weight anew, away from what an initialisation leaves: norms near 1, biases 0 and small projections
+    make a model that hardly notices a missing rope or bias."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    tensors = dict(model.named_parameters())
+    tensors.update({name: tensor for name, tensor in model.named_buffers() if name.endswith("correction_bias")})
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name.endswith("correction_bias"):
+                tensor.normal_(0, 0.3, generator=generator)
+            elif name.endswith("norm.weight"):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            elif name.endswith("bias"):
+                tensor.normal_(0, 0.5, generator=generator)
+            else:
+                tensor.normal_(0, 1.5 / tensor.shape[-1] ** 0.5, generator=generator)
+
+
+def save_tokenizer(directory: Path, vocab_size: int) -> None:
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens, with a ChatML template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(vocab_size, 400),
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TOKENIZER_TEXT, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|bos|>",
+        "eos_token": "<|im_end|>",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    generation = {"bos_token_id": 0, "eos_token_id": [3, 1], "do_sample": False}
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2))
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_checkpoint(architecture, seed=0, max_shard_size="1GB", **config_overrides) -> directory`.
+
+    A tiny model of the architecture with random float32 weights, a tokenizer (bos 0, eos 3 and 1) and a generation
+    config; made once per set of arguments, so treat the directory as read-only.
+    """
+    made: dict[str, Path] = {}
+
+    def make(architecture: str, seed: int = 0, max_shard_size: str = "1GB", **config_overrides: Any) -> Path:
+        settings = {**COMMON, **ARCHITECTURES[architecture], **config_overrides}
+        key = json.dumps([architecture, seed, max_shard_size, settings], sort_keys=True)
+        if key not in made:
+            import torch
+            import transformers
+
+            transformers.logging.set_verbosity_error()
+            transformers.logging.disable_progress_bar()
+            model_class = getattr(transformers, architecture)
+            config = model_class.config_class(**settings)
+            with torch.random.fork_rng(devices=[]):
+                model = model_class(config)
+            randomise(model, seed)
+            directory = tmp_path_factory.mktemp(architecture)
+            model.save_pretrained(directory, max_shard_size=max_shard_size)
+            save_tokenizer(directory, settings["vocab_size"])
+            made[key] = directory
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference_model() -> Callable[[Path], Any]:
+    """`reference_model(directory)`: the checkpoint in transformers, float32, eager attention and experts."""
+    loaded: dict[Path, Any] = {}
+
+    def load(directory: Path) -> Any:
+        if directory not in loaded:
+            import torch
+            import transformers
+
+            loaded[directory] = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+            ).eval()
+        return loaded[directory]
+
+    return load

@@ -1,0 +1,312 @@
+"""`Engine.generate`: what each sampling parameter and prompt form does, end to end on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from omni_engine import LLM, Engine, RequestOutputKind, SamplingParams, ValidationError
+
+
+@pytest.fixture(scope="module")
+def path(make_checkpoint):
+    return make_checkpoint("LlamaForCausalLM")
+
+
+@pytest.fixture(scope="module")
+def shared_engine(path):
+    return Engine(str(path), dtype="float32", max_model_len=128, max_num_batched_tokens=64, max_num_seqs=8)
+
+
+@pytest.fixture
+def engine(shared_engine):
+    yield shared_engine
+    assert not shared_engine.has_unfinished_requests()
+    shared_engine.check_integrity()
+
+
+def greedy(**fields):
+    return SamplingParams(**{"temperature": 0, "max_tokens": 12, "ignore_eos": True, **fields})
+
+
+def one(engine, params, prompt="The harbour"):
+    return engine.generate(prompt, params)[0].outputs[0]
+
+
+def test_prompts_as_text_ids_and_dicts_are_the_same(engine):
+    ids = engine.tokenizer.encode("The harbour")
+    forms = ["The harbour", ids, {"prompt": "The harbour"}, {"prompt_token_ids": ids}]
+    outputs = engine.generate(forms, greedy())
+    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
+    assert all(output.prompt_token_ids == ids and output.finished for output in outputs)
+    assert outputs[0].prompt == "The harbour"
+
+
+def test_a_single_prompt_needs_no_list(engine):
+    assert len(engine.generate("The harbour", greedy())) == 1
+    assert len(engine.generate([5, 6, 7], greedy())) == 1
+
+
+def test_outputs_are_in_the_order_of_the_prompts(engine):
+    prompts = [[5 + i] * (20 - i) for i in range(15)]
+    outputs = engine.generate(prompts, [greedy(max_tokens=1 + i) for i in range(15)])
+    assert [output.prompt_token_ids for output in outputs] == prompts
+    assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(1, 16))
+
+
+def test_text_is_the_decoded_tokens(engine):
+    output = one(engine, greedy(max_tokens=30))
+    assert output.text == engine.tokenizer.decode(output.token_ids)
+    assert output.finish_reason == "length"
+    assert output.stop_reason is None
+
+
+def test_eos_ends_with_reason_stop_and_ignore_eos_goes_on(engine):
+    best = one(engine, greedy()).token_ids[0]
+    assert best != engine.tokenizer.eos_token_id
+    params = greedy(ignore_eos=False, logit_bias={engine.tokenizer.eos_token_id: 100.0})
+    ended = one(engine, params)
+    assert (ended.finish_reason, ended.stop_reason) == ("stop", None)
+    assert ended.token_ids == [engine.tokenizer.eos_token_id]
+    assert ended.text == ""
+    assert len(one(engine, params.clone(ignore_eos=True)).token_ids) == 12
+
+
+def test_further_eos_ids_of_the_generation_config_end_too(engine):
+    ended = one(engine, greedy(ignore_eos=False, logit_bias={1: 100.0}))
+    assert (ended.finish_reason, ended.token_ids) == ("stop", [1])
+
+
+def test_stop_token_ids_end_and_are_named(engine):
+    free = one(engine, greedy())
+    stop = free.token_ids[4]
+    stopped = one(engine, greedy(stop_token_ids=[stop]))
+    cut = free.token_ids.index(stop) + 1
+    assert stopped.token_ids == free.token_ids[:cut]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+    assert stopped.text == engine.tokenizer.decode(free.token_ids[: cut - 1])
+    included = one(engine, greedy(stop_token_ids=[stop], include_stop_str_in_output=True))
+    assert included.text == engine.tokenizer.decode(free.token_ids[:cut])
+
+
+def test_stop_strings_cut_the_text(engine):
+    free = one(engine, greedy(max_tokens=30))
+    stop = free.text[8:11]
+    cut = free.text.index(stop)
+    stopped = one(engine, greedy(max_tokens=30, stop=[stop]))
+    assert stopped.text == free.text[:cut]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+    assert len(stopped.token_ids) < 30
+    assert one(engine, greedy(max_tokens=30, stop=stop, include_stop_str_in_output=True)).text == free.text[:cut] + stop
+
+
+def test_min_tokens_delays_stop_strings(engine):
+    free = one(engine, greedy(max_tokens=30))
+    stopped = one(engine, greedy(max_tokens=30, stop=[free.text[0]], min_tokens=6))
+    assert len(stopped.token_ids) >= 6
+
+
+def test_n_gives_different_seeded_samples(engine):
+    params = SamplingParams(n=4, seed=21, max_tokens=10, ignore_eos=True)
+    completions = engine.generate("The harbour", params)[0].outputs
+    assert [completion.index for completion in completions] == [0, 1, 2, 3]
+    assert len({tuple(completion.token_ids) for completion in completions}) == 4
+    for index, completion in enumerate(completions):
+        single = one(engine, params.clone(n=1, seed=21 + index))
+        assert single.token_ids == completion.token_ids
+
+
+def test_seeds_reproduce_and_their_absence_does_not(engine):
+    seeded = [one(engine, SamplingParams(seed=3, max_tokens=8)).token_ids for _ in range(2)]
+    free = [one(engine, SamplingParams(max_tokens=8)).token_ids for _ in range(2)]
+    assert seeded[0] == seeded[1]
+    assert free[0] != free[1]
+
+
+def test_logprobs_equal_transformers(engine, path, reference_model):
+    output = one(engine, greedy(logprobs=3))
+    prompt = engine.tokenizer.encode("The harbour")
+    with torch.no_grad():
+        logits = reference_model(path)(torch.tensor([prompt + output.token_ids])).logits[0]
+    expected = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    assert len(output.logprobs) == 12
+    for position, entry in enumerate(output.logprobs):
+        top = expected[position].topk(3)
+        assert list(entry)[0] == output.token_ids[position]
+        assert set(entry) == {output.token_ids[position], *top.indices.tolist()}
+        for token, value in entry.items():
+            assert value.logprob == pytest.approx(float(expected[position, token]), abs=1e-4)
+            assert value.decoded_token == engine.tokenizer.token_string(token)
+            assert value.rank == int((expected[position] > expected[position, token]).sum()) + 1
+    assert output.cumulative_logprob == pytest.approx(sum(e[t].logprob for e, t in zip(output.logprobs, output.token_ids)))
+
+
+def test_prompt_logprobs_equal_transformers_over_chunks(engine, path, reference_model):
+    prompt = [(7 * i) % 500 + 4 for i in range(100)]  # two chunks of 64
+    engine.generate(prompt, greedy(max_tokens=1))  # the prefix is cached now, and must not be used
+    result = engine.generate(prompt, greedy(max_tokens=2, prompt_logprobs=2))[0]
+    with torch.no_grad():
+        expected = reference_model(path)(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    assert len(result.prompt_logprobs) == len(prompt)
+    assert result.prompt_logprobs[0] is None
+    for position in range(1, len(prompt)):
+        entry = result.prompt_logprobs[position]
+        top = expected[position - 1].topk(2).indices.tolist()
+        assert set(entry) == {prompt[position], *top}
+        assert entry[prompt[position]].logprob == pytest.approx(float(expected[position - 1, prompt[position]]), abs=1e-4)
+
+
+def test_bad_words_never_appear(engine):
+    free = one(engine, greedy(max_tokens=20))
+    word = engine.tokenizer.token_string(free.token_ids[2])
+    changed = one(engine, greedy(max_tokens=20, bad_words=[word]))
+    assert free.token_ids[2] not in changed.token_ids
+
+
+def test_allowed_token_ids_bound_the_output(engine):
+    assert set(one(engine, greedy(allowed_token_ids=[10, 20, 30])).token_ids) <= {10, 20, 30}
+
+
+def test_max_tokens_none_fills_the_context_and_more_is_clamped(engine):
+    prompt = [9] * 100
+    for max_tokens in (None, 5000):
+        output = engine.generate(prompt, greedy(max_tokens=max_tokens))[0].outputs[0]
+        assert len(output.token_ids) == 28
+        assert output.finish_reason == "length"
+
+
+def test_truncate_prompt_tokens_keeps_the_last_ones(engine):
+    prompt = list(range(10, 60))
+    assert engine.generate(prompt, greedy(truncate_prompt_tokens=7))[0].prompt_token_ids == prompt[-7:]
+    assert len(engine.generate([9] * 300, greedy(truncate_prompt_tokens=-1))[0].prompt_token_ids) == 127
+
+
+def test_detokenize_false_gives_ids_only(engine):
+    output = one(engine, greedy(detokenize=False))
+    assert output.text == ""
+    assert len(output.token_ids) == 12
+
+
+def test_skip_special_tokens_decides_what_the_text_shows(engine):
+    eos = engine.tokenizer.eos_token_id
+    params = greedy(max_tokens=2, logit_bias={eos: 100.0})
+    assert one(engine, params).text == ""
+    assert one(engine, params.clone(skip_special_tokens=False)).text == "<|im_end|>" * 2
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_output_kinds_add_up(engine, n):
+    params = SamplingParams(n=n, seed=1, max_tokens=9, ignore_eos=True, logprobs=1)
+    final = engine.generate("The harbour", params)[0]
+    cumulative = list(engine.stream("The harbour", params.clone(output_kind=RequestOutputKind.CUMULATIVE)))
+    assert [c.token_ids for c in cumulative[-1].outputs] == [c.token_ids for c in final.outputs]
+    text, tokens, logprobs = [""] * n, [[] for _ in range(n)], [[] for _ in range(n)]
+    for output in engine.stream("The harbour", params.clone(output_kind=RequestOutputKind.DELTA)):
+        for completion in output.outputs:
+            text[completion.index] += completion.text
+            tokens[completion.index] += completion.token_ids
+            logprobs[completion.index] += completion.logprobs
+    assert text == [completion.text for completion in final.outputs]
+    assert tokens == [completion.token_ids for completion in final.outputs]
+    assert logprobs == [completion.logprobs for completion in final.outputs]
+    only = list(engine.stream("The harbour", params.clone(output_kind=RequestOutputKind.FINAL_ONLY)))
+    assert len(only) == 1
+
+
+def test_leaving_a_stream_aborts_the_request(engine):
+    for _ in engine.stream("The harbour", greedy(max_tokens=100)):
+        break
+    assert not engine.has_unfinished_requests()
+    assert engine._core.stats().num_running == 0
+
+
+def test_add_step_and_abort(engine):
+    engine.add_request("a", "The harbour", greedy(max_tokens=100))
+    engine.add_request("b", "The boats", greedy(max_tokens=3))
+    with pytest.raises(ValidationError, match="id is running"):
+        engine.add_request("b", "again", greedy())
+    outputs = engine.step()
+    assert {output.request_id for output in outputs} == {"a", "b"}
+    engine.abort_request("a")
+    finished = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                finished[output.request_id] = output.outputs[0].finish_reason
+    assert finished == {"a": "abort", "b": "length"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields", "message"),
+    [
+        ("", {}, "cannot be empty"),
+        ([], {}, "cannot be empty"),
+        ([515], {}, "out of vocabulary"),
+        ([-1], {}, "out of vocabulary"),
+        ([1.5], {}, "integers"),
+        (["a", 1], {}, None),
+        ({"prompt_embeds": 1}, {}, "prompt_embeds"),
+        ([5] * 128, {}, "leaves no room"),
+        ([5] * 1000, {}, "maximum context length is 128"),
+        ("x", {"logprobs": 21}, "greater than max allowed"),
+        ("x", {"stop_token_ids": [515]}, "vocabulary"),
+        ("x", {"allowed_token_ids": [-1]}, "vocabulary"),
+        ("x", {"logit_bias": {515: 1.0}}, "vocabulary"),
+        ("x", {"truncate_prompt_tokens": 500}, "truncate_prompt_tokens"),
+        ("x" * 200_000, {}, "maximum context length"),
+    ],
+)
+def test_bad_input_costs_only_its_own_request(engine, prompt, fields, message):
+    with pytest.raises(ValidationError, match=message):
+        engine.add_request("bad", prompt, greedy(**fields))
+    assert not engine.has_unfinished_requests()
+    assert len(one(engine, greedy()).token_ids) == 12
+
+
+def test_a_bad_prompt_among_good_ones_leaves_nothing_behind(engine):
+    with pytest.raises(ValidationError):
+        engine.generate(["The harbour", "", "The boats"], greedy())
+    assert engine.get_num_unfinished_requests() == 0
+    assert not engine._core.has_unfinished
+
+
+def test_lists_of_other_lengths_are_refused(engine):
+    with pytest.raises(ValidationError, match="must be the same"):
+        engine.generate(["a", "b"], [greedy()])
+
+
+def test_llm_generates_and_chats(path):
+    llm = LLM(model=str(path), dtype="float32", max_model_len=128)
+    outputs = llm.generate(["The harbour", "The boats"], greedy(), use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [12, 12]
+    messages = [{"role": "user", "content": "Where are the boats?"}]
+    chat = llm.chat(messages, greedy(), use_tqdm=False)
+    assert chat[0].prompt == "<|im_start|>user\nWhere are the boats?<|im_end|>\n<|im_start|>assistant\n"
+    assert len(llm.chat([messages, messages], greedy(), use_tqdm=False)) == 2
+    for method in (llm.encode, llm.embed, llm.score, llm.classify):
+        with pytest.raises(ValueError, match="--runner pooling"):
+            method(["x"])
+    with pytest.raises(TypeError, match="tensor_parallel_sizes"):
+        LLM(model=str(path), tensor_parallel_sizes=2)
+
+
+def test_dummy_weights_need_no_files_and_follow_the_seed(path, tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((path / name).read_bytes())
+
+    def tokens(seed):
+        engine = Engine(str(tmp_path), load_format="dummy", dtype="float32", seed=seed)
+        return one(engine, greedy()).token_ids
+
+    assert tokens(1) == tokens(1) != tokens(2)
+
+
+def test_max_model_len_auto_takes_what_fits(path):
+    engine = Engine(str(path), dtype="float32", max_model_len="auto", num_gpu_blocks_override=5)
+    assert engine.max_model_len == 64
+
+
+def test_what_does_not_fit_is_refused_with_the_arithmetic(path):
+    with pytest.raises(ValueError, match=r"max seq len \(256\).*lower max_model_len"):
+        Engine(str(path), dtype="float32", num_gpu_blocks_override=5)
+    with pytest.raises(ValueError, match="positions this model was made for"):
+        Engine(str(path), dtype="float32", max_model_len=1000)

@@ -1,0 +1,179 @@
+"""Greedy generation against transformers: every architecture, continuous batching, chunks, preemption, prefix hits."""
+
+from __future__ import annotations
+
+import random
+import warnings
+
+import msgspec
+import pytest
+import torch
+from omni_engine import Engine, SamplingParams
+from omni_engine.engine.model_runner import ModelRunner
+from omni_engine.scheduler.plan import StepOutput, StepPlan
+
+ARCHITECTURES = [
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+]
+NUM_TOKENS = 64
+TIE = 1e-5  # top two logits closer than this (in logits) may swap in another order of summation
+ROUTER_TIE = 1e-5
+
+
+def make_prompts(vocab_size, count=16, seed=0):
+    """Ragged: from one token to several chunks."""
+    rng = random.Random(seed)
+    lengths = [1, 2, 15, 16, 17, 90, *(rng.randint(3, 70) for _ in range(count - 6))]
+    return [[rng.randrange(4, vocab_size) for _ in range(length)] for length in lengths]
+
+
+def make_engine(path, **options):
+    settings = {"dtype": "float32", "max_num_batched_tokens": 48, "max_num_seqs": 16, "max_model_len": 192}
+    engine = Engine(str(path), **{**settings, **options})
+    engine._core.runner = CheckedRunner(engine._core.runner)
+    return engine
+
+
+class CheckedRunner:
+    """The real runner; every plan and output goes through msgpack, as it would between processes."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+        self.plans: list[StepPlan] = []
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        copy = msgspec.msgpack.decode(msgspec.msgpack.encode(plan), type=StepPlan)
+        assert copy == plan
+        self.plans.append(plan)
+        output = self.runner.execute(copy)
+        decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(output), type=StepOutput)
+        assert decoded == output
+        return decoded
+
+
+def greedy(**fields):
+    return SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, **fields)
+
+
+def generate(engine, prompts, params=None):
+    outputs = engine.generate([{"prompt_token_ids": p} for p in prompts], params or greedy())
+    engine.check_integrity()
+    assert not engine.has_unfinished_requests()
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def differences(reference, prompts, generated):
+    """Places where transformers, given our tokens so far, would have chosen another: (request, position, margin)."""
+    found = []
+    for index, (prompt, tokens) in enumerate(zip(prompts, generated, strict=True)):
+        assert len(tokens) == NUM_TOKENS
+        with torch.no_grad():
+            logits = reference(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
+        best = logits.max(-1)
+        for position, token in enumerate(tokens):
+            if int(best.indices[position]) != token:
+                margin = float(best.values[position] - logits[position, token])
+                found.append((index, position, margin))
+    return found
+
+
+def assert_equal_but_for_ties(reference, prompts, generated):
+    found = differences(reference, prompts, generated)
+    ties = [difference for difference in found if difference[2] < TIE]
+    if ties:
+        warnings.warn(f"{len(ties)} tokens differ where the two best logits tie: {ties}", stacklevel=2)
+    assert found == ties
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sixteen_concurrent_requests_equal_transformers(architecture, make_checkpoint, reference_model):
+    path = make_checkpoint(architecture)
+    reference = reference_model(path)
+    engine = make_engine(path)
+    prompts = make_prompts(reference.config.vocab_size)
+    generated = generate(engine, prompts)
+    assert_equal_but_for_ties(reference, prompts, generated)
+    plans = engine._core.runner.plans
+    assert any(max(plan.num_tokens) > 1 and 1 in plan.num_tokens for plan in plans), "nothing was batched"
+    assert any(plan.is_decode_only for plan in plans)
+
+    # Negative control: with one token of one request exchanged, the comparison must notice.
+    generated[3][5] = (generated[3][5] + 1) % reference.config.vocab_size
+    assert differences(reference, prompts, generated)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM", "DeepseekV3ForCausalLM"])
+def test_a_cache_of_a_tenth_of_the_need_gives_the_same_tokens(architecture, make_checkpoint, reference_model):
+    path = make_checkpoint(architecture)
+    prompts = make_prompts(515)
+    need = sum(-(-(len(prompt) + NUM_TOKENS) // 16) for prompt in prompts)
+    engine = make_engine(path, max_model_len=160, num_gpu_blocks_override=max(11, need // 10 + 1))
+    generated = generate(engine, prompts)
+    assert engine._core.stats().num_preemptions > 0
+    assert_equal_but_for_ties(reference_model(path), prompts, generated)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"])
+def test_prefix_hits_give_the_same_tokens(architecture, make_checkpoint, reference_model):
+    path = make_checkpoint(architecture)
+    engine = make_engine(path)
+    shared = make_prompts(515)[5][:70]
+    prompts = [shared + tail for tail in make_prompts(515, count=8, seed=1)]
+    prompts = [prompt[:128] for prompt in prompts] + [shared, shared[:64]]
+    first = generate(engine, prompts)
+    assert_equal_but_for_ties(reference_model(path), prompts, first)
+    hits = engine._core.stats().prefix_cache_hits
+    assert hits >= 64 * (len(prompts) - 2), "requests of one batch must share the prefix"
+    second = generate(engine, prompts)
+    assert second == first
+    assert engine._core.stats().prefix_cache_hits > hits + 64 * len(prompts) - 64
+
+    unshared = generate(make_engine(path, enable_prefix_caching=False), prompts)
+    assert unshared == first
+
+
+def test_salted_requests_share_nothing(make_checkpoint):
+    engine = make_engine(make_checkpoint("LlamaForCausalLM"))
+    prompt = make_prompts(515)[5]
+    for salt in ("a", "b", None):
+        engine.generate({"prompt_token_ids": prompt, "cache_salt": salt} if salt else prompt, greedy())
+    assert engine._core.stats().prefix_cache_hits == 0
+    engine.generate({"prompt_token_ids": prompt, "cache_salt": "a"}, greedy())
+    assert engine._core.stats().prefix_cache_hits == len(prompt) // 16 * 16
+
+
+SAMPLED = [
+    SamplingParams(temperature=1.0, seed=11, max_tokens=40, ignore_eos=True),
+    SamplingParams(temperature=0.7, top_p=0.8, seed=12, max_tokens=40, ignore_eos=True),
+    SamplingParams(temperature=1.2, top_k=20, seed=13, max_tokens=40, ignore_eos=True, presence_penalty=0.8),
+    SamplingParams(temperature=1.0, min_p=0.05, seed=14, max_tokens=40, ignore_eos=True, repetition_penalty=1.3),
+    SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, frequency_penalty=0.5, logit_bias={7: 2.0}),
+    SamplingParams(temperature=1.0, seed=15, max_tokens=40, min_tokens=40, stop_token_ids=[5, 6, 9]),
+]
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "DeepseekV3ForCausalLM"])
+def test_sampled_tokens_do_not_depend_on_company_chunks_hits_or_preemption(architecture, make_checkpoint):
+    path = make_checkpoint(architecture)
+    prompts = [{"prompt_token_ids": prompt} for prompt in make_prompts(515, count=12)]
+    params = [SAMPLED[index % len(SAMPLED)] for index in range(12)]
+
+    def tokens(engine, chosen=range(12)):
+        outputs = engine.generate([prompts[i] for i in chosen], [params[i] for i in chosen])
+        engine.check_integrity()
+        return [output.outputs[0].token_ids for output in outputs]
+
+    plain = make_engine(path, max_num_batched_tokens=2048)
+    together = tokens(plain)
+    assert [tokens(plain, [i])[0] for i in range(12)] == together, "alone, with prefix hits"
+    assert tokens(make_engine(path, max_num_batched_tokens=17)) == together, "in small chunks"
+    small = make_engine(path, max_model_len=144, num_gpu_blocks_override=12)
+    assert tokens(small) == together, "preempted"
+    assert small._core.stats().num_preemptions > 0
+    assert len({tuple(t) for t in together}) == 12
