@@ -25,7 +25,8 @@ from ..kvcache.tensors import TORCH_DTYPES, allocate_kv_tensors
 from ..models.kv_spec import kv_cache_spec
 from ..models.parallel import ParallelLayout
 from ..models.registry import resolve
-from ..models.weights import initialise_dummy_weights, load_weights
+from ..models.dummy_weights import initialise_dummy_weights
+from ..models.weights import load_weights
 from ..scheduler.scheduler import Scheduler, SchedulerConfig
 from .config import EngineConfig
 from .model_runner import ModelRunner

@@ -12,7 +12,7 @@ from typing import Any
 
 from .config_parser import merge_overrides
 from .config_parsers.quantization import refuse_tool_files
-from .config_parsers.reader import shown
+from .config_parsers.reader import listed, shown
 from .safetensors_header import TensorInfo, read_header
 
 MAX_JSON_BYTES = 64 * 1024 * 1024  # the index of a 1000-shard model has about 10 MB
@@ -176,7 +176,7 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
         if missing:
             raise FileNotFoundError(
                 f"{index_file.name} names {len(files)} files and {len(missing)} of them are not in {folder}; "
-                f"{_fetch_hint(folder)}: {_listed(missing)}"
+                f"{_fetch_hint(folder)}: {listed(missing)}"
             )
     else:
         files = _loose_files(folder)
@@ -222,7 +222,7 @@ def _loose_files(folder: Path) -> list[Path]:
     if shards and len(shards) < max(int(total) for total in shards.values()):
         raise FileNotFoundError(
             f"shards of the checkpoint are missing, and its index; {_fetch_hint(folder)}: "
-            f"{_listed([file.name for file in files])}"
+            f"{listed([file.name for file in files])}"
         )
     if files:
         return files
@@ -232,12 +232,7 @@ def _loose_files(folder: Path) -> list[Path]:
     if pickles:
         raise ValueError(
             "weights in pickle files are never read, since a pickle can run code; convert them to safetensors, e.g. "
-            f"with transformers' save_pretrained, or take the model's safetensors version: {_listed(pickles)} in {folder}"
+            "with transformers' save_pretrained, or take the model's safetensors version: "
+            f"{listed(pickles)} in {folder}"
         )
     raise FileNotFoundError(f"the checkpoint has no *.safetensors files; {_fetch_hint(folder)}: {folder}")
-
-
-def _listed(names: list[str], limit: int = 10) -> str:
-    """The first names and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -23,7 +23,8 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     for key in MULTIMODAL_KEYS:
         if raw.get(key):
             raise ValueError(
-                f"config.json: {key} belongs to a multimodal model, and only text models are supported: {shown(raw[key])}"
+                f"config.json: {key} belongs to a multimodal model, and only text models are supported: "
+                f"{shown(raw[key])}"
             )
     architecture = read_architecture(ConfigReader(raw))
     config = resolve(architecture).load_config_parser()(raw)

@@ -20,7 +20,7 @@ class IncrementalDetokenizer:
     However the ids are split over `push` calls, the pieces join to the same text. That text is what decoding prompt and
     output together adds to decoding the prompt:
     - byte-level tokenizers: exactly `tokenizer.decode(output ids)`;
-    - "▁" tokenizers (Llama 2, Mistral): the same, except that a space at the start stays if there is text in the prompt.
+    - "▁" tokenizers (Llama 2, Mistral): the same, but a space at the start stays where the prompt has text.
       A run of byte tokens ("<0xE2>") is text if all of it is well-formed UTF-8, else one U+FFFD per byte, as `decode`
       has it; so a run is held back until it ends, or 32 bytes of it are well-formed: these are then final;
     - any other decoder: by decoding a short window of tokens again; a window that ends in U+FFFD waits for up to 8.

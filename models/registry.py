@@ -1,4 +1,4 @@
-"""Which architectures can be built: the names in config.json's `architectures`, their model classes and config parsers."""
+"""Which architectures can be built: their names in config.json, their model classes and their config parsers."""
 
 from __future__ import annotations
 
@@ -124,16 +124,23 @@ def _load_plugins() -> None:
         if _plugins_loaded:
             return
         _plugins_loaded = True  # before the calls: a plugin may look an architecture up
-        for entry_point in metadata.entry_points(group=ENTRY_POINT_GROUP):
-            try:
-                entry_point.load()()
-            except Exception as error:
-                _plugins_loaded = False
-                package = entry_point.dist.name if entry_point.dist else "an unknown package"
-                raise RuntimeError(
-                    f"the entry point {entry_point.name} = {entry_point.value} of {package} (group "
-                    f"{ENTRY_POINT_GROUP}) failed; fix or uninstall the package: {type(error).__name__}: {error}"
-                ) from error
+        try:
+            for entry_point in metadata.entry_points(group=ENTRY_POINT_GROUP):
+                _load_plugin(entry_point)
+        except RuntimeError:
+            _plugins_loaded = False
+            raise
+
+
+def _load_plugin(entry_point: metadata.EntryPoint) -> None:
+    try:
+        entry_point.load()()
+    except Exception as error:
+        package = entry_point.dist.name if entry_point.dist else "an unknown package"
+        raise RuntimeError(
+            f"the entry point {entry_point.name} = {entry_point.value} of {package} (group {ENTRY_POINT_GROUP}) "
+            f"failed; fix or uninstall the package: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _register_built_in(architecture: str, module: str, config: str) -> None:

@@ -68,7 +68,7 @@ def read_header(file: Path) -> list[TensorInfo]:
 
 
 def _tensor(file: Path, name: str, entry: Any) -> TensorInfo:
-    fields = entry if isinstance(entry, dict) else {}
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _broken(file, f"the dtype of {name} must be one of {', '.join(DTYPE_BITS)}", entry)

@@ -230,13 +230,12 @@ def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | dict[s
     if named:
         return named["default"] if list(named) == ["default"] else named
     template = _read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
-    if isinstance(template, list):
-        entries = [entry for entry in template if isinstance(entry, dict)]
-        template = {entry.get("name"): entry.get("template") for entry in entries}
     if template is None or isinstance(template, str):
         return template
-    if isinstance(template, dict) and all(isinstance(t, str) for pair in template.items() for t in pair):
-        return template
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        if all(isinstance(text, str) for pair in named.items() for text in pair):
+            return named
     raise ValueError(f"chat_template must be a string or a list of names and templates: {folder}")
 
 

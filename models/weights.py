@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint, open_checkpoint
 from .config import Fp8BlockConfig, ModelConfig
 from .config_parsers.quantization import read_quantization
+from .config_parsers.reader import listed
 from .quantized import SCALE_SUFFIX, dequantized_rows, scale_shape
 from .safetensors_header import TensorInfo
 
@@ -26,7 +27,7 @@ FP8_DTYPE = "F8_E4M3"
 
 @dataclass(frozen=True)
 class Shard:
-    """The half-open range [start, stop) along dimension `dim` that this rank reads; the stored tensor has `size` there."""
+    """The range [start, stop) of dimension `dim` that this rank reads; the stored tensor has `size` there."""
 
     dim: int
     start: int
@@ -83,8 +84,8 @@ def load_weights(
     """Copies the checkpoint's tensors into the model's slots, file by file, converted to each target's dtype.
 
     Of each tensor only the slot's range is read, and it is the only copy beside the target. fp8 block weights are
-    dequantised on the way; their block size comes from `config`, else from the checkpoint's config.json. Before anything
-    is read, the headers are checked: ValueError naming tensors that are missing, left over, or of the wrong shape or
+    dequantised on the way; their block size comes from `config`, else from the checkpoint's config.json. Before any
+    tensor is read, the headers are checked: ValueError naming what is missing, left over, or of the wrong shape or
     dtype. A load that takes long shows a progress bar on stderr, in bytes, unless `progress` is False.
     """
     if isinstance(checkpoint, Path):
@@ -160,7 +161,7 @@ def _check_names(model: LoadableModel, checkpoint: Checkpoint, slots: Mapping[st
     missing = [name for name in slots if name not in checkpoint.tensors]
     if missing:
         raise ValueError(
-            f"the checkpoint {checkpoint.path} lacks tensors that its config.json asks for: {_listed(missing)}"
+            f"the checkpoint {checkpoint.path} lacks tensors that its config.json asks for: {listed(missing)}"
         )
     left_over = [
         name
@@ -170,7 +171,7 @@ def _check_names(model: LoadableModel, checkpoint: Checkpoint, slots: Mapping[st
     if left_over:
         raise ValueError(
             f"the checkpoint {checkpoint.path} holds tensors that a model of its config.json has no place for: "
-            f"{_listed(left_over)}"
+            f"{listed(left_over)}"
         )
 
 
@@ -201,11 +202,6 @@ def _check_tensor(slot: WeightSlot, checkpoint: Checkpoint, block: Fp8BlockConfi
         raise ValueError(f"the checkpoint {checkpoint.path} lacks the block scales: {slot.name}{SCALE_SUFFIX}")
     if scales.shape != scale_shape(info.shape, block) or scales.dtype not in PLAIN_DTYPES:
         raise ValueError(
-            f"{scales.name} in {scales.file.name} must be a float tensor of shape {list(scale_shape(info.shape, block))}, "
-            f"one scale per block of {block.block_rows} x {block.block_columns}: {scales.dtype} {list(scales.shape)}"
+            f"{scales.name} in {scales.file.name} must be float, of shape {list(scale_shape(info.shape, block))}, one "
+            f"scale per block of {block.block_rows} x {block.block_columns}: {scales.dtype} {list(scales.shape)}"
         )
-
-
-def _listed(names: list[str], limit: int = 10) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

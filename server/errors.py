@@ -43,7 +43,7 @@ class RequestError(Exception):
         self, message: str, *, status: int = 400, error_type: str | None = None, param: str | None = None
     ) -> None:
         super().__init__(message)
-        self.info = ErrorInfo(message, error_type or HTTPStatus(status).phrase, param, status)
+        self.info = ErrorInfo(_printable(message), error_type or HTTPStatus(status).phrase, param, status)
 
 
 def invalid_value(message: str, param: str) -> RequestError:
@@ -61,9 +61,9 @@ def error_info(error: BaseException) -> ErrorInfo:
     if isinstance(error, RequestError):
         return error.info
     if isinstance(error, ValidationError):
-        return ErrorInfo(_shorten(str(error)), "BadRequestError", error.parameter, 400)
+        return ErrorInfo(_printable(str(error)), "BadRequestError", error.parameter, 400)
     if isinstance(error, RequestRejectedError):
-        return ErrorInfo(_shorten(str(error)), HTTPStatus.SERVICE_UNAVAILABLE.phrase, None, 503)
+        return ErrorInfo(_printable(str(error)), HTTPStatus.SERVICE_UNAVAILABLE.phrase, None, 503)
     if isinstance(error, EngineDeadError):
         return ErrorInfo(ENGINE_DEAD_MESSAGE, "ServiceUnavailableError", None, 503)
     if isinstance(error, web.HTTPRequestEntityTooLarge):
@@ -94,8 +94,10 @@ def json_response(body: Any, *, status: int = 200, headers: dict[str, str] | Non
     )
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_MESSAGE_CHARACTERS else text[:MAX_MESSAGE_CHARACTERS] + "..."
+def _printable(text: str) -> str:
+    """Cut to a sane length, without what UTF-8 cannot hold."""
+    text = text if len(text) <= MAX_MESSAGE_CHARACTERS else text[:MAX_MESSAGE_CHARACTERS] + "..."
+    return text.encode("utf-8", "replace").decode()
 
 
 @contextmanager
@@ -106,4 +108,4 @@ def caller_errors() -> Iterator[None]:
     except (ValidationError, UnicodeError):
         raise
     except ValueError as error:
-        raise RequestError(_shorten(str(error)), error_type="BadRequestError") from error
+        raise RequestError(_printable(str(error)), error_type="BadRequestError") from error

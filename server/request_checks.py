@@ -185,8 +185,7 @@ def _sampling_params(
         max_tokens=max_tokens,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        # Truncation by an explicit side is done by the server, on the token ids.
-        truncate_prompt_tokens=None if request.truncation_side else request.truncate_prompt_tokens,
+        truncate_prompt_tokens=request.truncate_prompt_tokens,
         output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
     )
 

@@ -1,4 +1,4 @@
-"""What the families share: sizes, token ids, sliding windows, and the lists of keys without effect and with a neutral value."""
+"""What the config parsers of all families share: sizes, windows, and which keys have no effect or a neutral value."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("silu", "swish")  # two names of one function
 
 # Keys that change nothing about a forward pass here.
-INERT = frozenset(
-    "architectures attention_dropout attn_implementation auto_map aux_loss_alpha bad_words_ids bos_token_id "
-    "chunk_size_feed_forward classifier_dropout decoder_start_token_id diversity_penalty do_sample early_stopping "
-    "embd_pdrop ep_size exponential_decay_length_penalty finetuning_task hidden_dropout id2label initializer_range "
-    "is_decoder label2id layer_norm_eps length_penalty max_length max_window_layers min_length model_max_length "
-    "model_type name_or_path num_return_sequences output_attentions output_hidden_states output_router_logits "
-    "pad_token_id prefix pretraining_tp problem_type pruned_heads quantization_config remove_invalid_values "
-    "resid_pdrop return_dict return_dict_in_generate rope_scaling rope_parameters rope_theta router_aux_loss_coef "
-    "sep_token_id seq_aux task_specific_params tokenizer_class torchscript transformers_version typical_p unk_token_id "
-    "unsloth_fixed unsloth_version use_cache".split()
-)
+INERT = frozenset({
+    "architectures", "attention_dropout", "attn_implementation", "auto_map", "aux_loss_alpha", "bad_words_ids",
+    "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id", "diversity_penalty",
+    "do_sample", "early_stopping", "embd_pdrop", "ep_size", "exponential_decay_length_penalty", "finetuning_task",
+    "hidden_dropout", "id2label", "initializer_range", "is_decoder", "label2id", "length_penalty",
+    "max_length", "max_window_layers", "min_length", "model_max_length", "model_type", "name_or_path",
+    "num_return_sequences", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "prefix", "pretraining_tp", "problem_type", "pruned_heads", "quantization_config", "remove_invalid_values",
+    "resid_pdrop", "return_dict", "return_dict_in_generate", "rope_parameters", "rope_scaling", "rope_theta",
+    "router_aux_loss_coef", "sep_token_id", "seq_aux", "task_specific_params", "tokenizer_class", "torchscript",
+    "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache",
+})  # fmt: skip
 
 # Keys that change the computation, with the values (null aside) that leave it as it is implemented.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -149,7 +150,7 @@ def read_position(reader: ConfigReader, sizes: dict[str, Any], *, dim: int, **ki
 
 
 def layer_windows(reader: ConfigReader, num_layers: int, window: int | None, first_sliding: int) -> dict[str, Any]:
-    """Field `sliding_windows`: by `layer_types` where the file has them, else `window` from layer `first_sliding` on."""
+    """Field `sliding_windows`: by `layer_types` where there are any, else `window` from layer `first_sliding` on."""
     types = reader.strings("layer_types")
     if types is None:
         slides = [window is not None and layer >= first_sliding for layer in range(num_layers)]

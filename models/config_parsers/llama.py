@@ -31,7 +31,7 @@ def parse_llama(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def parse_mistral(raw: Mapping[str, Any]) -> ModelConfig:
-    """Every layer slides over the last sliding_window tokens; null: none does. Defaults: transformers' MistralConfig."""
+    """Every layer sees the last sliding_window tokens; null: all tokens. Defaults: transformers' MistralConfig."""
     reader = ConfigReader(raw)
     sizes = read_sizes(reader, vocab_size=32_000, max_position=131_072, kv_heads=8)
     head_dim = read_head_dim(reader)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 MAX_INTEGER = 2**31 - 1
 MAX_LAYERS = 4096  # far above any model; a typing error must not make a tuple of 10^9 entries
-
-T = TypeVar("T")
 
 
 class _Required:
@@ -26,6 +24,12 @@ def shown(value: Any, limit: int = 200) -> str:
     """`value` for the end of an error message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "…"
+
+
+def listed(names: list[str], limit: int = 10) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 class ConfigReader:

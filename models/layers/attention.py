@@ -58,14 +58,30 @@ class Attention(nn.Module):
     def attend(self, query: Tensor, key_cache: Tensor, value_cache: Tensor, context: ForwardContext) -> Tensor:
         """query [tokens, heads, dim] -> [tokens, heads, dim]: decoding requests as one batch, then the chunks."""
         decoding = context.num_decode
-        caches = (key_cache, value_cache)
         outputs = []
         if decoding:
-            table, lens = context.block_table[:decoding], context.context_lens[:decoding]
-            outputs.append(paged_decode_attention(query[:decoding], *caches, table, lens, self.scale, self.window))
+            decoded = paged_decode_attention(
+                query[:decoding],
+                key_cache,
+                value_cache,
+                context.block_table[:decoding],
+                context.context_lens[:decoding],
+                self.scale,
+                self.window,
+            )
+            outputs.append(decoded)
         if context.prefill_query_lens:
-            table, lens = context.block_table[decoding:], (context.prefill_query_lens, context.prefill_context_lens)
-            outputs.append(paged_prefill_attention(query[decoding:], *caches, table, *lens, self.scale, self.window))
+            prefilled = paged_prefill_attention(
+                query[decoding:],
+                key_cache,
+                value_cache,
+                context.block_table[decoding:],
+                context.prefill_query_lens,
+                context.prefill_context_lens,
+                self.scale,
+                self.window,
+            )
+            outputs.append(prefilled)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:

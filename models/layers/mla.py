@@ -63,33 +63,57 @@ class MLAAttention(nn.Module):
         nope_dim, rope_dim = self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim
         query_nope, query_rope = query.unflatten(-1, (-1, nope_dim + rope_dim)).split((nope_dim, rope_dim), dim=-1)
         query_rope = rotate(query_rope, cos, sin, self.interleaved)
-        norm = self.kv_norm
-        write_latent_cache(down[-1], norm.weight, norm.epsilon, cos, sin, self.interleaved, *cache, context.slots)
-        return self.o_proj(self.attend(query_nope, query_rope, cache, context).flatten(1))
+        latent_cache, rope_key_cache = cache
+        write_latent_cache(
+            down[-1],
+            self.kv_norm.weight,
+            self.kv_norm.epsilon,
+            cos,
+            sin,
+            self.interleaved,
+            latent_cache,
+            rope_key_cache,
+            context.slots,
+        )
+        return self.o_proj(self.attend(query_nope, query_rope, latent_cache, rope_key_cache, context).flatten(1))
 
     def attend(
-        self, query_nope: Tensor, query_rope: Tensor, cache: tuple[Tensor, ...], context: ForwardContext
+        self,
+        query_nope: Tensor,
+        query_rope: Tensor,
+        latent_cache: Tensor,
+        rope_key_cache: Tensor,
+        context: ForwardContext,
     ) -> Tensor:
         """query_nope [tokens, heads, nope_dim], query_rope [tokens, heads, rope_dim] -> [tokens, heads, value_dim]."""
         decoding = context.num_decode
         outputs = []
         if decoding:
-            outputs.append(self.decode(query_nope[:decoding], query_rope[:decoding], cache, context))
+            key_up, value_up = self.up_projection.split((self.mla.qk_nope_head_dim, self.mla.v_head_dim), dim=1)
+            attended = mla_decode_attention(
+                torch.einsum("rhn,hnl->rhl", query_nope[:decoding], key_up),
+                query_rope[:decoding],
+                latent_cache,
+                rope_key_cache,
+                context.block_table[:decoding],
+                context.context_lens[:decoding],
+                self.scale,
+            )
+            outputs.append(torch.einsum("rhl,hvl->rhv", attended, value_up))
         if context.prefill_query_lens:
-            chunks = (query_nope[decoding:], query_rope[decoding:], self.up_projection, *cache)
-            lens = (context.prefill_query_lens, context.prefill_context_lens)
-            outputs.append(mla_prefill_attention(*chunks, context.block_table[decoding:], *lens, self.scale))
+            expanded = mla_prefill_attention(
+                query_nope[decoding:],
+                query_rope[decoding:],
+                self.up_projection,
+                latent_cache,
+                rope_key_cache,
+                context.block_table[decoding:],
+                context.prefill_query_lens,
+                context.prefill_context_lens,
+                self.scale,
+            )
+            outputs.append(expanded)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def decode(
-        self, query_nope: Tensor, query_rope: Tensor, cache: tuple[Tensor, ...], context: ForwardContext
-    ) -> Tensor:
-        """One token per request, in the space of the latents: [requests, heads, …] -> [requests, heads, value_dim]."""
-        key_up, value_up = self.up_projection.split((self.mla.qk_nope_head_dim, self.mla.v_head_dim), dim=1)
-        query_latent = torch.einsum("rhn,hnl->rhl", query_nope, key_up)
-        table, lens = context.block_table[: context.num_decode], context.context_lens[: context.num_decode]
-        attended = mla_decode_attention(query_latent, query_rope, *cache, table, lens, self.scale)
-        return torch.einsum("rhl,hvl->rhv", attended, value_up)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Slots of the layer's tensors; `prefix` ends in a dot, e.g. `model.layers.0.self_attn.`."""

@@ -18,7 +18,8 @@ class RotaryTable(nn.Module):
 
     def __init__(self, rope: RopeConfig, positions: int, device: torch.device) -> None:
         super().__init__()
-        # On the host, so that every device has the same table; float32 products, as in the implementations that checkpoints were trained and published with
+        # On the host, so that every device has the same table; in float32, as in the implementations
+        # that checkpoints were trained and published with
         angles = torch.arange(positions, dtype=torch.float32).unsqueeze(1) * inverse_frequencies(rope, positions)
         scale = rotary_scale(rope)
         self.register_buffer("cos", (angles.cos() * scale).to(device), persistent=False)

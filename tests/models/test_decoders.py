@@ -12,25 +12,22 @@ from safetensors import safe_open
 
 from omni_engine.kvcache.tensors import allocate_kv_tensors
 from omni_engine.models.config_parser import parse_config
-from omni_engine.models.deepseek import DeepseekV3ForCausalLM
 from omni_engine.models.forward_context import ForwardContext
 from omni_engine.models.kv_spec import kv_cache_spec
 from omni_engine.models.layers.decoder import CausalDecoder
-from omni_engine.models.llama import LlamaForCausalLM
 from omni_engine.models.parallel import ParallelLayout
-from omni_engine.models.qwen import Qwen3MoeForCausalLM
+from omni_engine.models.registry import resolve
 
 META = torch.device("meta")
-DECODERS: dict[str, type[CausalDecoder]] = {
-    decoder.__name__: decoder for decoder in (LlamaForCausalLM, Qwen3MoeForCausalLM, DeepseekV3ForCausalLM)
-}
-EVERY_DECODER = pytest.mark.parametrize("architecture", DECODERS)
+EVERY_DECODER = pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"]
+)
 
 
 def build(directory: Path, layout: ParallelLayout | None = None, device: torch.device = META) -> CausalDecoder:
     config = parse_config(json.loads((directory / "config.json").read_text()))
-    layout = layout or ParallelLayout()
-    return DECODERS[config.architecture](config, layout, dtype=torch.float32, device=device)
+    decoder = resolve(config.architecture).load_class()
+    return decoder(config, layout or ParallelLayout(), dtype=torch.float32, device=device)
 
 
 def decode_once(model: CausalDecoder) -> torch.Tensor:

@@ -16,16 +16,14 @@ from torch import Tensor
 from omni_engine.kvcache.tensors import allocate_kv_tensors
 from omni_engine.models.config import ModelConfig, MoEConfig
 from omni_engine.models.config_parser import parse_config
-from omni_engine.models.deepseek import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 from omni_engine.models.forward_context import ForwardContext
 from omni_engine.models.kv_spec import kv_cache_spec
 from omni_engine.models.layers.attention import Attention
 from omni_engine.models.layers.decoder import CausalDecoder
 from omni_engine.models.layers.mla import MLAAttention
 from omni_engine.models.layers.moe import MoE
-from omni_engine.models.llama import LlamaForCausalLM, MistralForCausalLM
 from omni_engine.models.parallel import ParallelLayout
-from omni_engine.models.qwen import Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
+from omni_engine.models.registry import resolve
 from omni_engine.models.weights import load_weights
 
 BOUND = 1e-4  # of the standard deviation of the logits
@@ -33,19 +31,6 @@ MARGIN = 1e-5  # a router whose k-th choice is closer than this may choose diffe
 BLOCK_SIZE = 4
 CHUNK = 13
 PROMPTS = ((33, 40), (1, 9), (26, 29), (14, 30), (52, 55))  # (tokens prefilled in chunks, tokens in all) per request
-
-DECODERS: dict[str, type[CausalDecoder]] = {
-    decoder.__name__: decoder
-    for decoder in (
-        LlamaForCausalLM,
-        MistralForCausalLM,
-        Qwen2ForCausalLM,
-        Qwen3ForCausalLM,
-        Qwen3MoeForCausalLM,
-        DeepseekV2ForCausalLM,
-        DeepseekV3ForCausalLM,
-    )
-}
 
 
 # What a fault in each part looks like: the loaded model with that part taken away.
@@ -143,6 +128,9 @@ def rope(kind: str, **parameters: Any) -> dict[str, Any]:
 
 LLAMA3 = rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=64)
+YARN_EXPLICIT = rope(
+    "yarn", factor=4.0, original_max_position_embeddings=64, beta_fast=8, attention_factor=1.2, truncate=False
+)
 DEEPSEEK_YARN = rope(
     "yarn",
     factor=8.0,
@@ -168,6 +156,7 @@ CASES = (
     Case("llama-linear", "LlamaForCausalLM", rope("linear", factor=3.0), (without_rope_scaling,)),
     Case("llama-dynamic-within", "LlamaForCausalLM", rope("dynamic", factor=3.0)),
     Case("llama-yarn", "LlamaForCausalLM", YARN, (without_rope_scaling,)),
+    Case("llama-yarn-explicit", "LlamaForCausalLM", YARN_EXPLICIT),
     Case("mistral-window", "MistralForCausalLM", {}, (without_rope, without_window)),
     Case("mistral-no-window", "MistralForCausalLM", {"sliding_window": None}),
     Case("qwen2", "Qwen2ForCausalLM", {}, (without_rope, without_qkv_bias)),
@@ -261,9 +250,9 @@ def random_prompts(vocab_size: int) -> list[Tensor]:
 
 def load_ours(directory: Path, dtype: torch.dtype = torch.float32) -> CausalDecoder:
     config = parse_config(json.loads((directory / "config.json").read_text()))
-    decoder = DECODERS[config.architecture]
+    decoder = resolve(config.architecture).load_class()
     model = decoder(config, ParallelLayout(), dtype=dtype, device=torch.device("cpu"))
-    load_weights(model, directory)
+    load_weights(model, directory, progress=False)
     return model
 
 

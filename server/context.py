@@ -1,0 +1,119 @@
+"""What the handlers share: the engine, the server's settings, the names it serves."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from ..engine.outputs import RequestOutput
+from .errors import RequestError
+from .protocol import GenerationRequest
+from .responses import PromptTokensDetails, Usage
+
+if TYPE_CHECKING:
+    from ..engine.async_engine import AsyncEngine
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What the command line says about the HTTP side."""
+
+    model: str = ""  # the checkpoint, as it was named
+    served_model_names: tuple[str, ...] = ()  # the first is reported; none: `model`
+    api_keys: tuple[str, ...] = ()
+    chat_template: str | None = None  # source text
+    response_role: str = "assistant"
+    trust_request_chat_template: bool = False
+    default_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    return_tokens_as_token_ids: bool = False
+    enable_prompt_tokens_details: bool = False
+    enable_force_include_usage: bool = False
+    enable_request_id_headers: bool = False
+
+
+class ServerContext:
+    """One server's engine and settings, and the small decisions that both APIs make alike."""
+
+    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.model_names = settings.served_model_names or (settings.model,)
+        self.created = int(time.time())
+
+    @property
+    def model_name(self) -> str:
+        """The name that responses report."""
+        return self.model_names[0]
+
+    def check_model(self, name: str | None) -> None:
+        """Raises 404 for a model that is not served; none given means the one that is."""
+        if name and name not in self.model_names:
+            aliases = ", ".join(self.model_names)
+            raise RequestError(
+                f"The model `{name}` does not exist. Valid aliases: {aliases}.",
+                status=404,
+                error_type="NotFoundError",
+                param="model",
+            )
+
+    def response_id(self, prefix: str, request: web.Request, body: GenerationRequest) -> str:
+        """The client's own id if it sent one, behind the API's prefix."""
+        own = request.headers.get("X-Request-Id") or body.request_id or uuid.uuid4().hex
+        return f"{prefix}-{printable(own)}"
+
+    def stream_usage(self, body: GenerationRequest) -> tuple[bool, bool]:
+        """Whether a stream ends with a usage chunk, and whether every chunk has usage."""
+        if self.settings.enable_force_include_usage:
+            return True, True
+        options = body.stream_options
+        include = options is not None and bool(options.include_usage)
+        return include, include and options is not None and bool(options.continuous_usage_stats)
+
+    def tokens_as_ids(self, body: GenerationRequest) -> bool:
+        if body.return_tokens_as_token_ids is None:
+            return self.settings.return_tokens_as_token_ids
+        return body.return_tokens_as_token_ids
+
+    def usage(self, outputs: Sequence[RequestOutput], completion_tokens: int) -> Usage:
+        """Token counts over one output of each prompt."""
+        prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+        details = None
+        if self.settings.enable_prompt_tokens_details:
+            details = PromptTokensDetails(sum(output.num_cached_tokens or 0 for output in outputs))
+        return Usage(prompt_tokens, prompt_tokens + completion_tokens, completion_tokens, details)
+
+    async def encode_prompt(
+        self, body: GenerationRequest, prompt: str | list[int], *, add_special_tokens: bool
+    ) -> dict[str, Any]:
+        """The engine's form of a prompt. Text is left to the engine, unless the request says how to tokenize it."""
+        encoded: dict[str, Any] = {}
+        cuts = body.truncation_side is not None and body.truncate_prompt_tokens is not None
+        if isinstance(prompt, str):
+            encoded["prompt"] = prompt
+            if cuts or not add_special_tokens:
+                token_ids = await self.engine.tokenize(prompt, add_special_tokens=add_special_tokens)
+                encoded["prompt_token_ids"] = token_ids
+        else:
+            encoded["prompt_token_ids"] = prompt
+        if cuts:
+            limit = body.truncate_prompt_tokens or 0
+            limit = self.engine.max_model_len - 1 if limit == -1 else limit
+            token_ids = encoded["prompt_token_ids"]
+            first = max(len(token_ids) - limit, 0) if body.truncation_side == "left" else 0
+            encoded["prompt_token_ids"] = token_ids[first : first + limit]
+        if body.cache_salt is not None:
+            encoded["cache_salt"] = body.cache_salt
+        return encoded
+
+
+CONTEXT = web.AppKey("omni_engine.server_context", ServerContext)
+
+
+def printable(text: str) -> str:
+    """`text` without what UTF-8 cannot hold; headers and paths may carry such bytes."""
+    return text.encode("utf-8", "replace").decode()
