@@ -6,6 +6,17 @@ and the command line start without torch.
 
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # the name type checkers know, without importing typing
+if TYPE_CHECKING:
+    from .engine.async_engine import AsyncEngine, AsyncLLM, AsyncLLMEngine
+    from .engine.config import AsyncEngineArgs, EngineArgs
+    from .engine.engine import Engine, LLMEngine
+    from .engine.inputs import PromptType, TextPrompt, TokensPrompt
+    from .engine.llm import LLM
+    from .engine.outputs import CompletionOutput, Logprob, RequestOutput
+    from .models.registry import ModelRegistry, register_model
+    from .scheduler.sampling_params import RequestOutputKind, SamplingParams, ValidationError
+
 _PUBLIC_NAMES = {
     "AsyncEngine": "engine.async_engine",
     "AsyncEngineArgs": "engine.config",
@@ -28,7 +39,28 @@ _PUBLIC_NAMES = {
     "register_model": "models.registry",
 }
 
-__all__ = [*_PUBLIC_NAMES, "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "AsyncEngineArgs",
+    "AsyncLLM",
+    "AsyncLLMEngine",
+    "CompletionOutput",
+    "Engine",
+    "EngineArgs",
+    "LLMEngine",
+    "Logprob",
+    "ModelRegistry",
+    "PromptType",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
+    "ValidationError",
+    "__version__",
+    "register_model",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -104,9 +103,7 @@ class EngineConfig:
         if not args.model:
             raise ValueError("no model was given: name a checkpoint directory or a model id")
         path = resolve_model(args.model, args.revision, args.download_dir)
-        checkpoint = open_checkpoint(
-            path, hf_overrides=args.hf_overrides, with_weights=args.load_format != "dummy"
-        )
+        checkpoint = open_checkpoint(path, hf_overrides=args.hf_overrides, with_weights=args.load_format != "dummy")
         model = parse_config(checkpoint.config)
         tokenizer_path = None
         if not args.skip_tokenizer_init:
@@ -118,9 +115,7 @@ class EngineConfig:
             model=model,
             dtype=_resolve_dtype(args.dtype, model.dtype, checkpoint),
             max_model_len=_resolve_max_model_len(args.max_model_len, model),
-            sampling_defaults=sampling_defaults(
-                checkpoint, args.generation_config, args.override_generation_config
-            ),
+            sampling_defaults=sampling_defaults(checkpoint, args.generation_config, args.override_generation_config),
             extra_eos_token_ids=extra_eos_token_ids(checkpoint, args.generation_config),
         )
 
@@ -155,13 +150,10 @@ def _resolve_max_model_len(wanted: int | str | None, model: ModelConfig) -> int 
         return model.derived_max_model_len
     if isinstance(wanted, str) or wanted < 1:
         raise ValueError(f"max_model_len must be a positive integer, -1 or auto: {wanted}")
-    if wanted > model.derived_max_model_len and not _flag("VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
+    if wanted > model.derived_max_model_len:
         raise ValueError(
             f"max_model_len is greater than the {model.derived_max_model_len} positions this model was made for; "
-            f"lower it, or set VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 if you know that longer works: {wanted}"
+            "lower it, or raise max_position_embeddings with hf_overrides if you know that longer works: "
+            f"{wanted}"
         )
     return wanted
-
-
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "0").lower() in ("1", "true", "yes")

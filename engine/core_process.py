@@ -5,6 +5,7 @@ It reads messages from the socket it inherits, steps while there is work, and en
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -114,10 +115,8 @@ def main(argv: list[str]) -> int:
         if not expected:
             logger.error("the engine core failed", exc_info=not logger.isEnabledFor(logging.DEBUG))
         message = str(error) if expected and str(error) else f"{type(error).__name__}: {error}"
-        try:
+        with contextlib.suppress(OSError):
             channel.send(Failed(message))
-        except OSError:
-            pass
         return 1
     return 0
 

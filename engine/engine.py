@@ -227,7 +227,9 @@ def engine_args(model: str | None, kwargs: Mapping[str, Any]) -> EngineArgs:
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     for name in kwargs:
         if name not in known:
-            raise TypeError(f"not supported yet, or not an engine argument; known are {', '.join(sorted(known))}: {name}")
+            raise TypeError(
+                f"not supported yet, or not an engine argument; known are {', '.join(sorted(known))}: {name}"
+            )
     return EngineArgs(**({} if model is None else {"model": str(model)}), **kwargs)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
-from ..models.chat_template import ChatTemplate
+from ..models.chat_template import ChatTemplate, select_chat_template
 from ..models.tokenizer import Tokenizer, load_tokenizer
 from ..scheduler.sampling_params import SamplingParams, ValidationError
 from .config import EngineConfig
@@ -19,11 +20,10 @@ class Front:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.tokenizer: Tokenizer | None = None
-        self.chat_template: ChatTemplate | None = None
         if config.tokenizer_path is not None:
             self.tokenizer = load_tokenizer(config.tokenizer_path)
-            if self.tokenizer.chat_template is not None:
-                self.chat_template = self.compile_template(self.tokenizer.chat_template)
+        # Operators have one or two templates; each is compiled once.
+        self._compile_template = lru_cache(maxsize=8)(self._compile_template)
         self.outputs = OutputProcessor(self.tokenizer)
 
     def input_processor(self, max_model_len: int) -> InputProcessor:
@@ -47,11 +47,9 @@ class Front:
         """What a request without parameters gets: the model's generation_config.json over the plain defaults."""
         return SamplingParams.from_optional(**self.config.sampling_defaults)
 
-    def compile_template(self, source: str) -> ChatTemplate:
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise ValidationError("chat needs a tokenizer, but this engine was started without one")
-        return ChatTemplate(source, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    def _compile_template(self, source: str) -> ChatTemplate:
+        assert self.tokenizer is not None
+        return ChatTemplate(source, **self.tokenizer.special_tokens_map)
 
     def render_chat(
         self,
@@ -65,16 +63,14 @@ class Front:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a conversation; raises ValueError with the template's own message."""
-        template = self.chat_template if chat_template is None else self.compile_template(chat_template)
-        if template is None:
-            raise ValidationError(
-                "this model has no chat template; give one with --chat-template or chat_template", parameter="messages"
-            )
-        return template.render(
-            list(messages),
-            tools=None if tools is None else list(tools),
-            documents=None if documents is None else list(documents),
+        if self.tokenizer is None:
+            raise ValidationError("chat needs a tokenizer, but this engine was started without one")
+        source = chat_template or select_chat_template(self.tokenizer.chat_template, has_tools=bool(tools))
+        return self._compile_template(source).render(
+            messages,
+            tools=tools,
+            documents=documents,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            **(chat_template_kwargs or {}),
+            template_kwargs=chat_template_kwargs,
         )

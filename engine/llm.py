@@ -63,9 +63,7 @@ class LLM:
             )
             assert tokenizer is not None  # chat_prompt needs it
             # The template writes the special tokens itself.
-            prompts.append(
-                {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
-            )
+            prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer | None:

@@ -137,9 +137,7 @@ class ModelRunner:
         """By entry: the prompt positions this step can tell, each from the hidden state one position before it."""
         reports: dict[int, list[TokenLogprobs]] = {}
         start = 0  # of the entry's tokens in `hidden`
-        for entry, (row, computed, count) in enumerate(
-            zip(plan.rows, plan.num_computed, plan.num_tokens, strict=True)
-        ):
+        for entry, (row, computed, count) in enumerate(zip(plan.rows, plan.num_computed, plan.num_tokens, strict=True)):
             new = self.rows[row]
             if new.params.prompt_logprobs is not None:
                 first = max(computed + 1, new.prompt_logprobs_start)

@@ -22,10 +22,10 @@ from ..kvcache.budget import (
 from ..kvcache.manager import KVCacheManager
 from ..kvcache.spec import KVCacheSpec
 from ..kvcache.tensors import TORCH_DTYPES, allocate_kv_tensors
+from ..models.dummy_weights import initialise_dummy_weights
 from ..models.kv_spec import kv_cache_spec
 from ..models.parallel import ParallelLayout
 from ..models.registry import resolve
-from ..models.dummy_weights import initialise_dummy_weights
 from ..models.weights import load_weights
 from ..scheduler.scheduler import Scheduler, SchedulerConfig
 from .config import EngineConfig

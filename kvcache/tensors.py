@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +25,14 @@ def allocate_kv_tensors(
     for group in spec.groups:
         for layer in group.layers:
             caches[layer] = tuple(
-                torch.zeros(num_blocks, block_size, part.heads, part.dim, dtype=TORCH_DTYPES[spec.dtype], device=device)
+                _zeros((num_blocks, block_size, part.heads, part.dim), TORCH_DTYPES[spec.dtype], device)
                 for part in group.parts
             )
     return caches
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros; on a CPU through calloc, whose pages take memory only once they are written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -63,9 +63,9 @@ class ChatTemplate:
     ) -> str:
         """The prompt text of `messages`.
 
-        `continue_final_message` leaves the last message open, for the model to go on with. `template_kwargs` are further
-        variables of the template, such as enable_thinking; they cannot replace the arguments above. Anything wrong with the
-        messages, and whatever the template raises, is a ValueError with the template's own message.
+        `continue_final_message` leaves the last message open, for the model to go on with. `template_kwargs` are more
+        variables for the template, such as enable_thinking; they cannot replace the arguments above. Anything wrong
+        with the messages, and whatever the template raises, is a ValueError with the template's own message.
         """
         if not messages:
             raise ValueError("messages must not be empty")

@@ -77,7 +77,7 @@ def resolve_model(model: str, revision: str | None = None, download_dir: str | N
     """
     if not model:
         raise ValueError(f"model must be a checkpoint folder or a model id: {model!r}")
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         return path
     if path.is_file():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from .config import ModelConfig
 from .config_parsers.common import read_architecture
 from .config_parsers.reader import ConfigReader, shown
+from .config_parsers.rope import ROPE_KEYS, override_rope
 from .registry import resolve
 
 MULTIMODAL_KEYS = ("text_config", "language_config", "llm_config", "vision_config", "audio_config", "thinker_config")
@@ -30,14 +32,25 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     config = resolve(architecture).load_config_parser()(raw)
     if not isinstance(config, ModelConfig):
         raise TypeError(f"the config parser of {architecture} must return a ModelConfig: {type(config).__name__}")
-    return config
+    # a parser that another architecture shares may name its own
+    return replace(config, architecture=architecture)
 
 
 def merge_overrides(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`raw` with `overrides` (--hf-overrides) merged in: objects key by key, everything else replaced."""
-    merged = dict(raw)
-    for key, value in overrides.items():
-        old = merged.get(key)
-        both_objects = isinstance(value, Mapping) and isinstance(old, Mapping)
-        merged[key] = merge_overrides(old, value) if both_objects else value
+    """`raw` with `overrides` (--hf-overrides) merged in: objects key by key, everything else replaced.
+
+    Rope settings have two spellings; an override in one of them holds for a file in the other (`override_rope`).
+    """
+    if overrides.keys() & ROPE_KEYS:
+        raw, overrides = override_rope(raw, overrides)
+    return _merged(raw, overrides)
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for key, value in new.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = _merged(below, value)
+        merged[key] = value
     return merged

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checkpoint import SCALE_SUFFIX as SCALE_SUFFIX
 from .config import Fp8BlockConfig
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 # Bits per element of the format's dtypes (safetensors README and its Rust enum).
 DTYPE_BITS = {
@@ -80,7 +80,7 @@ def _tensor(file: Path, name: str, entry: Any) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(shape), file, offsets[0], offsets[1])
 
 
-def _sizes(value: Any) -> bool:
+def _sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**48 for item in value
     )

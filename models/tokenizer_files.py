@@ -1,12 +1,14 @@
 """Reads a tokenizer's folder: the backend, the special tokens and the chat templates that its files declare.
 
 Follows transformers 5.23's AutoTokenizer, so that a folder gives the same ids here and there. Three of its rules may
-surprise:
+surprise, and one place where it is not followed:
 - where tokenizer.json exists, `add_bos_token` and `add_eos_token` of tokenizer_config.json are ignored: the
   post-processor in tokenizer.json decides. With only tokenizer.model they decide, and the default is neither.
 - the classes LlamaTokenizer and Qwen2Tokenizer take vocabulary, merges and post-processor from tokenizer.json, and set
   normalizer, pre-tokenizer and decoder themselves (not so where a Llama folder's tokenizer.json is byte-level).
 - special_tokens_map.json is read only where tokenizer_config.json has no `added_tokens_decoder`.
+- a tokenizer.model whose folder names no Llama class is read by the model's own flags (dummy prefix, normalisation,
+  unigram), where transformers leaves the prefix out.
 """
 
 from __future__ import annotations

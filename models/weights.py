@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,11 +15,11 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import SCALE_SUFFIX, Checkpoint, open_checkpoint
 from .config import Fp8BlockConfig, ModelConfig
 from .config_parsers.quantization import read_quantization
 from .config_parsers.reader import listed
-from .quantized import SCALE_SUFFIX, dequantized_rows, scale_shape
+from .quantized import dequantized_rows, scale_shape
 from .safetensors_header import TensorInfo
 
 PLAIN_DTYPES = ("F64", "F32", "BF16", "F16")  # what copy_ converts
@@ -110,14 +111,13 @@ def load_weights(
         delay=0.5 if terminal else 5,  # a short load shows nothing
         mininterval=0.1 if terminal else 15,  # a log file gets a few lines, not thousands
     ) as bar:
-        for file in dict.fromkeys(info.file for info in reads):
+        for _, of_file in groupby(reads, key=lambda info: info.file):  # headers were read file by file
             with ExitStack() as files:
                 reader = _Reader(checkpoint.tensors, files)
-                for info in reads:
-                    if info.file == file:
-                        for slot in slots[info.name]:
-                            _fill(slot, info, reader, block)
-                        bar.update(info.num_bytes)
+                for info in of_file:
+                    for slot in slots[info.name]:
+                        _fill(slot, info, reader, block)
+                    bar.update(info.num_bytes)
 
 
 class _Reader:

@@ -106,7 +106,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
     def from_optional(cls, **fields: Any) -> SamplingParams:
         """Build from fields that may be None (meaning the default); biases are clamped to [-100, 100]."""
         bias = fields.pop("logit_bias", None)
-        known = {name: value for name, value in fields.items() if value is not None or name in _NONE_HAS_MEANING}
+        known: dict[str, Any] = {
+            name: value for name, value in fields.items() if value is not None or name in _NONE_HAS_MEANING
+        }
         if bias is not None:
             known["logit_bias"] = _parse_logit_bias(bias)
         return cls(**known)

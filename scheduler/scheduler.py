@@ -122,7 +122,7 @@ class Scheduler:
         """Plan the next step. A plan without rows means that there is nothing to do; it is not to be executed."""
         draft = _Draft(self.config.max_num_batched_tokens)
         self._plan_running(draft)
-        # Whoever was preempted in this step would only take back the blocks; but where nothing else goes on, it may.
+        # While blocks are short nobody comes in: it would take what a running request gave up or waits for.
         if not draft.is_short or (draft.is_empty and not self._in_flight):
             while draft.budget and (head := self.waiting.peek()) is not None and self._admit(head, draft):
                 pass

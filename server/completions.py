@@ -89,34 +89,34 @@ class _Completion:
 
     async def response(self) -> CompletionResponse:
         """The whole answer."""
-        finals: dict[int, RequestOutput] = {}
         async with aclosing(self.outputs()) as outputs:
-            async for place, output in outputs:
-                finals[place] = output
+            finals = {place: output async for place, output in outputs}
         choices = [
-            self._choice(place, finals[place], completion) for place in sorted(finals) for completion in finals[place].outputs
+            self._choice(place, finals[place], completion)
+            for place in sorted(finals)
+            for completion in finals[place].outputs
         ]
         num_tokens = sum(len(completion.token_ids) for output in finals.values() for completion in output.outputs)
         usage = self.context.usage(list(finals.values()), 0 if self.echoes_only else num_tokens)
         return CompletionResponse(self.id, self.created, self.context.model_name, choices, usage)
 
     def _choice(self, place: int, output: RequestOutput, completion: CompletionOutput) -> CompletionChoice:
-        text, token_ids, logprobs = self._content(place, output, completion, echo=bool(self.body.echo), offset=0)
+        text, logprobs = self._content(place, output, completion, echo=bool(self.body.echo), offset=0)
         return CompletionChoice(
             place * self.params.n + completion.index,
             text,
             logprobs,
             completion.finish_reason,
             completion.stop_reason,
-            token_ids=token_ids if self.body.return_token_ids else None,
+            token_ids=completion.token_ids if self.body.return_token_ids else None,
             prompt_logprobs=prompt_logprobs(output.prompt_logprobs) if self.body.prompt_logprobs is not None else None,
             prompt_token_ids=output.prompt_token_ids if self.body.return_token_ids else None,
         )
 
     def _content(
         self, place: int, output: RequestOutput, completion: CompletionOutput, *, echo: bool, offset: int
-    ) -> tuple[str, list[int], CompletionLogprobs | None]:
-        """Text, token ids and logprobs of a choice or of what is new in it, behind the prompt if it is echoed."""
+    ) -> tuple[str, CompletionLogprobs | None]:
+        """Text and logprobs of a choice or of what is new in it, behind those of the prompt if it is echoed."""
         text, token_ids = completion.text, completion.token_ids
         entries = list(completion.logprobs or [])
         if self.echoes_only:
@@ -126,8 +126,8 @@ class _Completion:
             token_ids = [*output.prompt_token_ids, *token_ids]
             entries = [*(output.prompt_logprobs or [None] * len(output.prompt_token_ids)), *entries]
         if self.body.logprobs is None:
-            return text, token_ids, None
-        return text, token_ids, self.format.completion(token_ids, entries, offset)
+            return text, None
+        return text, self.format.completion(token_ids, entries, offset)
 
     def _prompt_text(self, place: int, output: RequestOutput) -> str:
         prompt = self.prompts[place]
@@ -147,8 +147,6 @@ class _Completion:
                 for completion in output.outputs:
                     state = choices[place * self.params.n + completion.index]
                     chunk = self._chunk(place, prompts[place], completion, state)
-                    if chunk is None:
-                        continue
                     if always_usage:
                         chunk.usage = self.context.usage([output], state.num_tokens)
                     yield chunk
@@ -157,16 +155,12 @@ class _Completion:
             chunk.usage = self.context.usage(list(prompts.values()), sum(state.num_tokens for state in choices))
             yield chunk
 
-    def _chunk(
-        self, place: int, first: RequestOutput, completion: CompletionOutput, state: _Choice
-    ) -> CompletionChunk | None:
+    def _chunk(self, place: int, first: RequestOutput, completion: CompletionOutput, state: _Choice) -> CompletionChunk:
         """What is new in one choice; `first` is the first output of its prompt and holds the prompt's logprobs."""
         begins = not state.begun
-        text, token_ids, logprobs = self._content(
+        text, logprobs = self._content(
             place, first, completion, echo=begins and bool(self.body.echo), offset=state.text_length
         )
-        if self.echoes_only and not begins and completion.finish_reason is None:
-            return None
         state.begun = True
         state.text_length += len(text)
         if not self.echoes_only:
@@ -178,6 +172,6 @@ class _Completion:
             completion.finish_reason,
             completion.stop_reason,
             prompt_token_ids=first.prompt_token_ids if begins and self.body.return_token_ids else UNSET,
-            token_ids=token_ids if self.body.return_token_ids else UNSET,
+            token_ids=completion.token_ids if self.body.return_token_ids else UNSET,
         )
         return CompletionChunk(self.id, self.created, self.context.model_name, [choice])

@@ -53,7 +53,9 @@ def invalid_value(message: str, param: str) -> RequestError:
 
 def not_supported(param: str, message: str = "") -> RequestError:
     """A field that would change the result, but is not built: 400, never silence."""
-    return RequestError(message or f"not supported yet by this server: {param}", error_type="BadRequestError", param=param)
+    return RequestError(
+        message or f"not supported yet by this server: {param}", error_type="BadRequestError", param=param
+    )
 
 
 def error_info(error: BaseException) -> ErrorInfo:
@@ -89,9 +91,7 @@ def error_response(error: BaseException) -> web.Response:
 
 def json_response(body: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     """`body`, a struct or plain data, as JSON."""
-    return web.Response(
-        body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json"
-    )
+    return web.Response(body=msgspec.json.encode(body), status=status, headers=headers, content_type="application/json")
 
 
 def _printable(text: str) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..engine.outputs import Logprob
-from ..models.tokenizer import Tokenizer
 from .responses import ChatLogprobs, ChatTokenLogprobs, CompletionLogprobs, PromptLogprobs, TokenLogprob
+
+if TYPE_CHECKING:
+    from ..models.tokenizer import Tokenizer
 
 LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 

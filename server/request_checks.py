@@ -64,9 +64,7 @@ def check_request(request: GenerationRequest) -> None:
     if request.truncation_side not in (None, "left", "right"):
         raise value_error("`truncation_side` must be left or right.", "truncation_side")
     salt = request.cache_salt
-    if salt is not None and (
-        not salt or len(salt) > MAX_CACHE_SALT_CHARACTERS or not _SALT_FORBIDDEN.isdisjoint(salt)
-    ):
+    if salt is not None and (not salt or len(salt) > MAX_CACHE_SALT_CHARACTERS or not _SALT_FORBIDDEN.isdisjoint(salt)):
         raise value_error(
             f"`cache_salt` must have 1 to {MAX_CACHE_SALT_CHARACTERS} characters, and no @, /, \\ or NUL.", "cache_salt"
         )
@@ -104,6 +102,11 @@ def check_chat(request: ChatCompletionRequest, *, trust_chat_template: bool) -> 
     check_request(request)
     if not request.messages:
         raise value_error("`messages` must not be empty.", "messages")
+    for place, message in enumerate(request.messages):
+        if not isinstance(message.get("role"), str):
+            raise value_error("every message must have a role, a string.", f"body.messages.{place}.role")
+        if not isinstance(message.get("content"), (str, list, type(None))):
+            raise value_error("content must be a string or a list of parts.", f"body.messages.{place}.content")
     if request.top_logprobs:
         if request.top_logprobs < -1:
             raise value_error("`top_logprobs` must be a non-negative value or -1.", "top_logprobs")

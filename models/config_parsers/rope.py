@@ -9,6 +9,7 @@ from ..config import RopeConfig
 from .reader import ConfigReader
 
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 DEFAULT_THETA = 10_000.0  # transformers' default for all families here
 COMMON_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 FACTOR_KEYS = COMMON_KEYS | {"factor", "original_max_position_embeddings"}
@@ -98,8 +99,33 @@ def derived_max_model_len(rope: RopeConfig, max_position: int) -> int:
     return max_position
 
 
+def override_rope(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`raw` and `overrides` with all rope settings of both moved into the override's rope_parameters.
+
+    An override that names a kind (type, rope_type), or is null, starts from nothing but the file's theta; one that
+    changes single values keeps the rest of the file's. What is no object is left for the parser to refuse.
+    """
+    old, new = _settings(raw), _settings(overrides)
+    spelled = [overrides[key] for key in ("rope_scaling", "rope_parameters") if key in overrides]
+    if "type" in new or "rope_type" in new or (spelled and not any(spelled)):
+        old = {key: value for key, value in old.items() if key == "rope_theta"}
+    file = {key: value for key, value in raw.items() if key not in ROPE_KEYS}
+    change = {key: value for key, value in overrides.items() if key not in ROPE_KEYS}
+    wrong = next((value for value in spelled if value is not None and not isinstance(value, Mapping)), None)
+    return file, {**change, "rope_parameters": old | new if wrong is None else wrong}
+
+
+def _settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """All rope settings of one object: the top-level theta, then rope_parameters, then rope_scaling on top."""
+    settings = {} if raw.get("rope_theta") is None else {"rope_theta": raw["rope_theta"]}
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(raw.get(key), Mapping):
+            settings |= raw[key]
+    return settings
+
+
 def _merged(reader: ConfigReader) -> tuple[str, dict[str, Any]]:
-    """rope_parameters overlaid with rope_scaling (an override of either spelling must win over the file's)."""
+    """rope_parameters overlaid with rope_scaling, as transformers reads a file that has both."""
     parameters, scaling = reader.object("rope_parameters"), reader.object("rope_scaling")
     for name, settings in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         for key, value in (settings or {}).items():

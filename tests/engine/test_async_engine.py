@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+
 from omni_engine import AsyncEngine, Engine, EngineArgs, RequestOutputKind, SamplingParams, ValidationError
 from omni_engine.engine.errors import EngineDeadError, RequestRejectedError
 
@@ -177,7 +178,9 @@ def test_a_killed_core_fails_every_stream_and_every_later_request(path, run):
     async def kill():
         engine = AsyncEngine(arguments(path))
         await engine.wait_ready()
-        tasks = [asyncio.create_task(collect(engine.generate(PROMPT, greedy(max_tokens=150), str(i)))) for i in range(4)]
+        tasks = [
+            asyncio.create_task(collect(engine.generate(PROMPT, greedy(max_tokens=150), str(i)))) for i in range(4)
+        ]
         await asyncio.sleep(0.1)
         os.kill(engine._client.process.pid, signal.SIGKILL)
         results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from omni_engine import LLM, Engine, RequestOutputKind, SamplingParams, ValidationError
 
 
@@ -131,13 +132,15 @@ def test_logprobs_equal_transformers(engine, path, reference_model):
     assert len(output.logprobs) == 12
     for position, entry in enumerate(output.logprobs):
         top = expected[position].topk(3)
-        assert list(entry)[0] == output.token_ids[position]
+        assert next(iter(entry)) == output.token_ids[position]
         assert set(entry) == {output.token_ids[position], *top.indices.tolist()}
         for token, value in entry.items():
             assert value.logprob == pytest.approx(float(expected[position, token]), abs=1e-4)
             assert value.decoded_token == engine.tokenizer.token_string(token)
             assert value.rank == int((expected[position] > expected[position, token]).sum()) + 1
-    assert output.cumulative_logprob == pytest.approx(sum(e[t].logprob for e, t in zip(output.logprobs, output.token_ids)))
+    assert output.cumulative_logprob == pytest.approx(
+        sum(e[t].logprob for e, t in zip(output.logprobs, output.token_ids))
+    )
 
 
 def test_prompt_logprobs_equal_transformers_over_chunks(engine, path, reference_model):
@@ -152,7 +155,9 @@ def test_prompt_logprobs_equal_transformers_over_chunks(engine, path, reference_
         entry = result.prompt_logprobs[position]
         top = expected[position - 1].topk(2).indices.tolist()
         assert set(entry) == {prompt[position], *top}
-        assert entry[prompt[position]].logprob == pytest.approx(float(expected[position - 1, prompt[position]]), abs=1e-4)
+        assert entry[prompt[position]].logprob == pytest.approx(
+            float(expected[position - 1, prompt[position]]), abs=1e-4
+        )
 
 
 def test_bad_words_never_appear(engine):

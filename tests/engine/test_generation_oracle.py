@@ -8,6 +8,7 @@ import warnings
 import msgspec
 import pytest
 import torch
+
 from omni_engine import Engine, SamplingParams
 from omni_engine.engine.model_runner import ModelRunner
 from omni_engine.scheduler.plan import StepOutput, StepPlan

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from omni_engine.engine.sampler import Sampler, gather_logprobs
 from omni_engine.scheduler.plan import NewRow
 from omni_engine.scheduler.sampling_params import SamplingParams

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from omni_engine.kvcache.block_pool import BlockPool
 
 
@@ -26,7 +27,7 @@ def test_null_block_is_never_given_out():
 
 
 def test_pool_without_a_usable_block_is_refused():
-    with pytest.raises(ValueError, match="at least 2 blocks.*: 1"):
+    with pytest.raises(ValueError, match=r"at least 2 blocks.*: 1"):
         BlockPool(1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from omni_engine.kvcache.budget import (
     available_kv_bytes,
     check_model_fit,
@@ -72,7 +73,7 @@ def test_longest_sequence_fits_and_one_token_more_does_not(kv_bytes, block_size)
 def test_available_bytes_leave_the_unused_share_and_the_workspace():
     assert available_kv_bytes(100 * GIB, 20 * GIB, 0.5, workspace_bytes=10 * GIB) == 20 * GIB
     assert available_kv_bytes(100 * GIB, 60 * GIB, 0.5) == 0
-    with pytest.raises(ValueError, match="gpu_memory_utilization must be in \\(0, 1\\]: 1.5"):
+    with pytest.raises(ValueError, match=r"gpu_memory_utilization must be in \(0, 1\]: 1.5"):
         available_kv_bytes(GIB, 0, 1.5)
 
 

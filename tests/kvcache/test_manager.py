@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from omni_engine.kvcache.manager import KVCacheManager, RequestBlocks
 from omni_engine.kvcache.spec import KVCacheSpec, KVGroup, KVPart, uniform_spec
 

@@ -8,6 +8,7 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from omni_engine.kvcache.prefix import PrefixHasher
 
 SIZES = [(4, 4), (4, 2), (4, 1), (2, 8), (1, 4)]  # block_size, hash_block_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from omni_engine.kvcache.manager import RequestBlocks
 from omni_engine.scheduler.queue import WaitingQueue
 from omni_engine.scheduler.request import Request, RequestInput

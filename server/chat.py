@@ -1,0 +1,197 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from aiohttp import web
+from msgspec import UNSET
+
+from ..engine.outputs import CompletionOutput, RequestOutput
+from ..scheduler.sampling_params import SamplingParams
+from .body import read_body
+from .context import CONTEXT, ServerContext
+from .errors import caller_errors, json_response
+from .logprobs import LogprobFormat, prompt_logprobs
+from .protocol import ChatCompletionRequest, chat_decoder
+from .request_checks import chat_params, check_chat
+from .responses import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletionResponse,
+    ChatDelta,
+    ChatLogprobs,
+    ChatResponseMessage,
+    Usage,
+)
+from .streaming import merge_outputs, send_events
+
+
+async def create_chat_completion(request: web.Request) -> web.StreamResponse:
+    """Answer a conversation, n times."""
+    context = request.app[CONTEXT]
+    body = await read_body(request, chat_decoder)
+    check_chat(body, trust_chat_template=context.settings.trust_request_chat_template)
+    context.check_model(body.model)
+    await context.engine.wait_ready()
+    params = chat_params(body, context.engine.default_sampling_params)
+    chat = _ChatCompletion(context, body, params, context.response_id("chatcmpl", request, body))
+    if body.stream:
+        return await send_events(request, chat.chunks())
+    return json_response(await chat.response())
+
+
+class _ChatCompletion:
+    """One request while it is being answered."""
+
+    def __init__(
+        self,
+        context: ServerContext,
+        body: ChatCompletionRequest,
+        params: SamplingParams,
+        response_id: str,
+    ) -> None:
+        self.context = context
+        self.body = body
+        self.params = params
+        self.id = response_id
+        self.created = int(time.time())
+        self.prompt_text = ""  # known once rendered
+        self.format = LogprobFormat(body.top_logprobs or 0, context.tokens_as_ids(body), context.engine.tokenizer)
+        last_role = body.messages[-1]["role"]
+        self.role = context.settings.response_role if body.add_generation_prompt is not False else last_role
+        # An answer that continues the last message may be asked to repeat it.
+        self.echoed_text = _content_text(body.messages[-1]) if body.echo and last_role == self.role else ""
+
+    async def outputs(self) -> AsyncGenerator[RequestOutput, None]:
+        """The engine's outputs."""
+        engine, body = self.context.engine, self.body
+        options = self._template_options()
+        own_template = options.pop("chat_template", None) or body.chat_template
+        with caller_errors():
+            self.prompt_text = await engine.render_chat(
+                body.messages,
+                tools=body.tools,
+                documents=body.documents,
+                add_generation_prompt=body.add_generation_prompt is not False,
+                continue_final_message=bool(body.continue_final_message),
+                chat_template=own_template or self.context.settings.chat_template,
+                chat_template_kwargs=options,
+            )
+            # The template writes the special tokens itself.
+            prompt: Any = await self.context.encode_prompt(
+                body, self.prompt_text, add_special_tokens=bool(body.add_special_tokens)
+            )
+        stream = engine.generate(prompt, self.params, self.id, priority=body.priority or 0)
+        async with aclosing(merge_outputs([stream])) as merged:
+            async for _, output in merged:
+                yield output
+
+    def _template_options(self) -> dict[str, Any]:
+        options = dict(self.context.settings.default_chat_template_kwargs)
+        effort = self.body.reasoning_effort
+        if effort is not None:
+            options.update(reasoning_effort=effort, enable_thinking=effort != "none")
+        options.update(self.body.chat_template_kwargs or {})
+        return options
+
+    async def response(self) -> ChatCompletionResponse:
+        """The whole answer."""
+        final: RequestOutput | None = None
+        async with aclosing(self.outputs()) as outputs:
+            async for output in outputs:
+                final = output
+        assert final is not None  # the engine ends a stream with an output or an error
+        wants_ids = self.body.return_token_ids
+        return ChatCompletionResponse(
+            self.id,
+            self.created,
+            self.context.model_name,
+            [self._choice(completion) for completion in final.outputs],
+            self._usage(final, sum(len(completion.token_ids) for completion in final.outputs)),
+            prompt_logprobs=prompt_logprobs(final.prompt_logprobs),
+            prompt_token_ids=final.prompt_token_ids if wants_ids else None,
+            prompt_text=self.prompt_text if self.body.return_prompt_text else None,
+        )
+
+    def _choice(self, completion: CompletionOutput) -> ChatChoice:
+        return ChatChoice(
+            completion.index,
+            ChatResponseMessage(self.role, self.echoed_text + completion.text),
+            self._logprobs(completion),
+            completion.finish_reason,
+            completion.stop_reason,
+            token_ids=completion.token_ids if self.body.return_token_ids else None,
+        )
+
+    def _logprobs(self, completion: CompletionOutput) -> ChatLogprobs | None:
+        if not self.body.logprobs:
+            return None
+        return self.format.chat(completion.token_ids, completion.logprobs or [])
+
+    def _usage(self, output: RequestOutput, completion_tokens: int) -> Usage:
+        return self.context.usage([output], completion_tokens)
+
+    async def chunks(self) -> AsyncGenerator[ChatChunk, None]:
+        """The answer in pieces: the role of every choice, what they say, and at last the usage if asked for."""
+        include_usage, always_usage = self.context.stream_usage(self.body)
+        num_tokens = [0] * self.params.n
+        last: RequestOutput | None = None
+        async with aclosing(self.outputs()) as outputs:
+            async for output in outputs:
+                if last is None:
+                    for chunk in self._first_chunks(output):
+                        if always_usage:
+                            chunk.usage = self._usage(output, 0)
+                        yield chunk
+                last = output
+                for completion in output.outputs:
+                    num_tokens[completion.index] += len(completion.token_ids)
+                    chunk = self._chunk([self._chunk_choice(completion)])
+                    if always_usage:
+                        chunk.usage = self._usage(output, num_tokens[completion.index])
+                    yield chunk
+        if include_usage and last is not None:
+            chunk = self._chunk([])
+            chunk.usage = self._usage(last, sum(num_tokens))
+            yield chunk
+
+    def _first_chunks(self, output: RequestOutput) -> list[ChatChunk]:
+        """The role of every choice, and the echoed message."""
+        chunks = []
+        for index in range(self.params.n):
+            chunk = self._chunk([ChatChunkChoice(index, ChatDelta(role=self.role, content=""))])
+            if self.body.return_token_ids:
+                chunk.prompt_token_ids = output.prompt_token_ids
+            chunks.append(chunk)
+        if self.echoed_text:
+            chunks += [
+                self._chunk([ChatChunkChoice(index, ChatDelta(content=self.echoed_text))])
+                for index in range(self.params.n)
+            ]
+        return chunks
+
+    def _chunk_choice(self, completion: CompletionOutput) -> ChatChunkChoice:
+        return ChatChunkChoice(
+            completion.index,
+            ChatDelta(content=completion.text),
+            self._logprobs(completion),
+            completion.finish_reason,
+            completion.stop_reason if completion.finish_reason is not None else UNSET,
+            token_ids=completion.token_ids if self.body.return_token_ids else UNSET,
+        )
+
+    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
+        return ChatChunk(self.id, self.created, self.context.model_name, choices)
+
+
+def _content_text(message: dict[str, Any]) -> str:
+    """The text of a message that the chat template has accepted or will refuse."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "\n".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in content)

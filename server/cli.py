@@ -1,0 +1,78 @@
+"""The command line: `omni-engine serve | generate | chat`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+
+_COMMANDS = {
+    "serve": "serve a model over HTTP with the OpenAI API",
+    "generate": "complete a prompt on the terminal",
+    "chat": "talk to a model on the terminal",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 for what went wrong, 2 for wrong usage."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    if words[0] in ("-v", "--version"):
+        print(__version__)
+        return 0
+    if words[0] not in _COMMANDS:
+        print(f"omni-engine: error: unknown command, choose from {', '.join(_COMMANDS)}: {words[0]}", file=sys.stderr)
+        return 2
+    _set_up_logging()
+    try:
+        return _run(words[0], words[1:])
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            raise
+        print(f"omni-engine {words[0]}: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _run(command: str, words: list[str]) -> int:
+    if command == "serve":
+        from .serve import run_serve, serve_parser
+
+        parser = serve_parser()
+        return run_serve(parser, parser.parse(words))
+    from .terminal import chat_parser, generate_parser, run_chat, run_generate
+
+    parser = generate_parser() if command == "generate" else chat_parser()
+    run = run_generate if command == "generate" else run_chat
+    return run(parser, parser.parse(words))
+
+
+def _overview() -> str:
+    commands = "\n".join(f"  {name:<10}{text}" for name, text in _COMMANDS.items())
+    hint = "omni-engine COMMAND --help shows its options."
+    return f"usage: omni-engine COMMAND [options] | --version\n\n{commands}\n\n{hint}"
+
+
+def _one_line(error: Exception) -> str:
+    """The cause and its remedy; errors of unknown origin are told with their kind."""
+    text = " ".join(str(error).split())
+    expected = isinstance(error, (ValueError, OSError, RuntimeError)) and text
+    return text if expected else f"{type(error).__name__}: {text} (OMNI_ENGINE_LOG_LEVEL=DEBUG shows where)"
+
+
+def _set_up_logging() -> None:
+    level = os.environ.get("OMNI_ENGINE_LOG_LEVEL") or os.environ.get("VLLM_LOGGING_LEVEL") or "INFO"
+    names = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+    logging.basicConfig(
+        level=level.upper() if level.upper() in names else "INFO", format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
