@@ -123,7 +123,7 @@ class Scheduler:
         draft = _Draft(self.config.max_num_batched_tokens)
         self._plan_running(draft)
         # While blocks are short nobody comes in: it would take what a running request gave up or waits for.
-        if not draft.is_short or (draft.is_empty and not self._in_flight):
+        if not draft.is_short:
             while draft.budget and (head := self.waiting.peek()) is not None and self._admit(head, draft):
                 pass
         return self._plan(draft)
@@ -193,6 +193,9 @@ class Scheduler:
             raise RuntimeError(f"scheduler integrity: every row must be free or held once: {rows}")
         if len(running) + len(self.waiting) != len(self.requests):
             raise RuntimeError("scheduler integrity: a request must run or wait, not both and not neither")
+        for request in self.requests.values():
+            if request.status is not RequestStatus.RUNNING and (request.num_computed or request.blocks.block_ids):
+                raise RuntimeError(f"scheduler integrity: a waiting request holds blocks: {request.request_id}")
 
     def _refusal(self, source: RequestInput) -> tuple[str, str] | None:
         """(error_kind, message) where the request cannot be taken, now or ever."""

@@ -726,6 +726,7 @@ def test_a_step_looks_at_no_waiting_request_behind_the_head():
         lambda scheduler: scheduler.running.pop(),
         lambda scheduler: setattr(scheduler.running[0], "row", 3),
         lambda scheduler: scheduler.running[0].blocks.block_ids.pop(),
+        lambda scheduler: setattr(scheduler.requests["waiting"], "num_computed", 1),
     ],
 )
 def test_integrity_check_sees_damage(damage):
@@ -733,6 +734,7 @@ def test_integrity_check_sees_damage(damage):
     add(scheduler, "a", 6)
     add(scheduler, "b", 6)
     step(scheduler)
+    add(scheduler, "waiting", 6)
     damage(scheduler)
     with pytest.raises(RuntimeError, match="integrity"):
         scheduler.check_integrity()
