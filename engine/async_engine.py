@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from .input_processor import InputProcessor, ProcessedRequest
 from .inputs import PromptType
 from .messages import Abort, Add, CoreInfo, ResetPrefixCache, Updates
 from .outputs import RequestOutput
+from .stats_log import StatsLog
 
 logger = logging.getLogger(__name__)
 # Longer texts are tokenized in a thread, so that they do not hold up the event loop.
@@ -43,6 +45,7 @@ class AsyncEngine:
         self._starting: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
         self._stats: dict[str, Any] = {}
+        self._stats_log = None if args.disable_log_stats else StatsLog(time.monotonic())
         self._dead_error: EngineDeadError | None = None
         self._streams: dict[str, asyncio.Queue[RequestOutput | Exception]] = {}
         self._closing = False
@@ -70,6 +73,8 @@ class AsyncEngine:
             self._die(EngineDeadError(str(error)))
             raise
         self._tasks.append(asyncio.create_task(self._read_core()))
+        if self._stats_log is not None:
+            self._tasks.append(asyncio.create_task(self._log_stats(self._stats_log)))
 
     async def wait_ready(self) -> None:
         """Wait until requests can be served; raises `EngineDeadError` if loading failed."""
@@ -266,12 +271,19 @@ class AsyncEngine:
     def _take_updates(self, message: Updates) -> None:
         self._stats = msgspec.structs.asdict(message.stats)
         result = self._loaded_front.outputs.process(message.updates)
+        if self._stats_log is not None:
+            self._stats_log.count(message.stats, result.num_prompt_tokens, result.num_new_tokens)
         if result.core_ids_to_abort and self._client is not None:
             self._client.send(Abort(result.core_ids_to_abort))
         for state, item in itertools.chain(result.outputs, result.failures):
             stream = self._streams.get(state.key)
             if stream is not None:
                 stream.put_nowait(item)
+
+    async def _log_stats(self, log: StatsLog) -> None:
+        while not self.errored:
+            await asyncio.sleep(log.interval)
+            log.write()
 
     def _die(self, error: EngineDeadError) -> None:
         """From here on every request, running or new, gets `error`."""

@@ -70,14 +70,28 @@ class EngineArgs:
     max_num_queued_tokens: int | None = _arg(
         None, "refuse requests (503) while this many prompt tokens wait", size=True
     )
-    disable_log_stats: bool = _arg(False, "print no periodic statistics")
-    trust_remote_code: bool = _arg(False, "accepted for compatibility; code of a checkpoint is never run")
+    disable_log_stats: bool = _arg(False, "write no periodic line about throughput, queues and cache")
+    enforce_eager: bool = _arg(False, "compile no graphs; all steps run eagerly so far")
+    trust_remote_code: bool = _arg(False, "for compatibility: code of a checkpoint is never run, trusted or not")
+    tokenizer_mode: str = _arg("auto", "how to read the tokenizer", choices=("auto",))
+    quantization: str | None = _arg(None, "fp8 block checkpoints are recognised by themselves; nothing else is built")
+    tensor_parallel_size: int = _arg(1, "ranks that share each layer; only 1 is supported so far")
+    pipeline_parallel_size: int = _arg(1, "ranks that share the layers; only 1 is supported so far")
+    data_parallel_size: int = _arg(1, "replicas of the engine; only 1 is supported so far")
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}: {value}")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if getattr(self, name) != 1:
+                raise ValueError(f"{name} is not supported yet, use 1: {getattr(self, name)}")
+        if self.quantization not in (None, "fp8"):
+            raise ValueError(
+                "quantization is not supported yet but for fp8 block checkpoints, which need no flag: "
+                f"{self.quantization}"
+            )
 
 
 _CHOICES = {f.name: f.metadata["choices"] for f in fields(EngineArgs) if "choices" in f.metadata}

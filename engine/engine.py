@@ -167,6 +167,8 @@ class Engine:
         self._front.outputs.add(request)
         for core_request in request.core_requests:
             self._take(self._core.add(core_request))
+            if request.key in self._failures:
+                break  # one of the n sequences was refused, so the request has failed
         return request.key
 
     def _step(self) -> list[tuple[str, RequestOutput]]:

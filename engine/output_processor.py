@@ -236,6 +236,9 @@ class OutputProcessor:
                 result.core_ids_to_abort.extend(i for i in self.remove(state.key) if i != update.request_id)
                 touched.pop(state.key, None)
                 continue
+            result.num_new_tokens += len(update.new_token_ids)
+            if update.new_token_ids and not state.stats.first_token_ts:
+                result.num_prompt_tokens += len(state.request.prompt_token_ids)
             if state.apply(sequence, update):
                 result.core_ids_to_abort.append(sequence.core_id)
             touched[state.key] = state
@@ -250,13 +253,16 @@ class OutputProcessor:
         return result
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ProcessedUpdates:
-    """What a batch of updates comes to. Aborts are for sequences that a stop string ended."""
+    """What a batch of updates comes to. Aborts are for sequences that a stop string ended. Prompt tokens are counted
+    with the first token of their request."""
 
     outputs: list[tuple[RequestState, RequestOutput]]
     failures: list[tuple[RequestState, Exception]]
     core_ids_to_abort: list[str]
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
 
 
 def _failure(update: RequestUpdate) -> Exception:

@@ -1,8 +1,8 @@
 """Reads a sentencepiece `tokenizer.model` and rebuilds it as a `tokenizers.Tokenizer`.
 
-The file is a protocol buffer (sentencepiece_model.proto). The few fields that segmentation depends on are read straight
-from the wire format, so that neither protobuf nor the sentencepiece library is needed at run time; the tests hold the
-result against both the library and transformers' own conversion.
+The sentencepiece library checks the file. It does not tell all that segmentation depends on, and its generated
+protocol-buffer code works with one release of the protobuf runtime only, so those few fields are read from the wire
+format here (sentencepiece_model.proto); the tests hold the result against the library and transformers' conversion.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ class SentencePieceModel:
 
 def parse_sentencepiece_model(data: bytes) -> SentencePieceModel:
     """Read the serialized model; raises ValueError where `data` is not one."""
+    from sentencepiece import SentencePieceProcessor  # only checkpoints without tokenizer.json need it
+
+    try:
+        SentencePieceProcessor().LoadFromSerializedProto(data)
+    except RuntimeError as error:
+        raise ValueError(f"not a sentencepiece model: {error}") from error
     model = SentencePieceModel()
     try:
         for number, value in _fields(data):

@@ -13,7 +13,13 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 from ..engine.config import EngineArgs
 from .vllm_flags import VLLM_FLAGS
 
-_ALIASES = {"gpu_memory_utilization": ["--device-memory-utilization"]}
+_ALIASES = {
+    "data_parallel_size": ["-dp"],
+    "gpu_memory_utilization": ["--device-memory-utilization"],
+    "pipeline_parallel_size": ["-pp"],
+    "quantization": ["-q"],
+    "tensor_parallel_size": ["-tp"],
+}
 _SIZE = re.compile(r"(-?\d+(?:\.\d+)?)([kKmMgGtT]?)")
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

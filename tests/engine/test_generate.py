@@ -138,9 +138,8 @@ def test_logprobs_equal_transformers(engine, path, reference_model):
             assert value.logprob == pytest.approx(float(expected[position, token]), abs=1e-4)
             assert value.decoded_token == engine.tokenizer.token_string(token)
             assert value.rank == int((expected[position] > expected[position, token]).sum()) + 1
-    assert output.cumulative_logprob == pytest.approx(
-        sum(e[t].logprob for e, t in zip(output.logprobs, output.token_ids))
-    )
+    chosen = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
+    assert output.cumulative_logprob == pytest.approx(sum(chosen))
 
 
 def test_prompt_logprobs_equal_transformers_over_chunks(engine, path, reference_model):
