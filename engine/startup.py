@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 GIB = 1 << 30
 # On a CPU the cache shares the machine's memory with everything else, so it stays small unless it is asked to grow.
 DEFAULT_CPU_KV_BYTES = 4 * GIB
+# A cache that holds every row at full length this many times over keeps prefixes enough; small models need no more.
+CPU_KV_ROWS = 4
 MEMORY_CGROUP = "/sys/fs/cgroup"
 
 
@@ -165,7 +167,7 @@ def _size_cache(
         if device.type == "cpu":
             one = sequence_bytes(spec, config.block_size, longest)
             wanted = _cpu_kv_bytes() or max(DEFAULT_CPU_KV_BYTES, one)
-            kv_bytes = min(kv_bytes, wanted, one * max_num_seqs)
+            kv_bytes = min(kv_bytes, wanted, CPU_KV_ROWS * max_num_seqs * one)
     logger.debug("KV cache budget %s", format_bytes(kv_bytes))
     return size_kv_cache(
         spec,

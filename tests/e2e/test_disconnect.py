@@ -31,7 +31,7 @@ def test_two_hundred_impatient_clients_leave_no_request_and_no_pinned_block(make
                 files = num_open_files()
                 results = await asyncio.gather(*(client(session, url, index) for index in range(NUM_CLIENTS)))
                 await settle(engine)
-                survivor = await session.post(url, json=body(0, max_tokens=12))
+                survivor = await session.post(url, json=body(0, max_tokens=12, stream=False))
                 assert survivor.status == 200
                 assert (await survivor.json())["usage"]["completion_tokens"] == 12
                 await settle(engine)
