@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any, cast
 
 from tqdm import tqdm
@@ -219,7 +220,7 @@ def as_prompt_list(prompts: Any) -> list[PromptType]:
     if isinstance(prompts, (str, Mapping)):
         return [cast(PromptType, prompts)]
     many = list(prompts)
-    if many and all(isinstance(item, int) for item in many):
+    if many and all(isinstance(item, Integral) for item in many):
         return [cast(PromptType, many)]
     return many
 

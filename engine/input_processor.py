@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import index as as_index
 from typing import Any
 
 from ..models.tokenizer import Tokenizer
@@ -81,7 +82,7 @@ class InputProcessor:
             RequestInput(
                 request_id=f"{self._num_requests}-{index}",
                 prompt_token_ids=token_ids,
-                params=params if params.n == 1 else params.clone(n=1, seed=_child_seed(params.seed, index)),
+                params=params if params.n == 1 else _child_params(params, index),
                 eos_token_ids=[] if self.eos_token_id is None else [self.eos_token_id],
                 bad_words_token_ids=bad_words,
                 arrival_time=now,
@@ -123,12 +124,11 @@ class InputProcessor:
     def _check_token_ids(self, token_ids: Any) -> list[int]:
         if isinstance(token_ids, (str, bytes)) or not isinstance(token_ids, Sequence):
             raise ValidationError("prompt_token_ids must be a list of integers", parameter="prompt")
-        checked = list(token_ids)
-        for token_id in checked:
-            if isinstance(token_id, bool) or not isinstance(token_id, int):
-                raise ValidationError(
-                    f"prompt token ids must be integers, got {type(token_id).__name__}", parameter="prompt"
-                )
+        try:
+            # operator.index takes what is an integer, numpy's included, and nothing that only looks like one.
+            checked = [as_index(token_id) for token_id in token_ids]
+        except TypeError as error:
+            raise ValidationError(f"prompt token ids must be integers: {error}", parameter="prompt") from error
         if checked:
             if min(checked) < 0:
                 raise ValidationError(f"Token id {min(checked)} is out of vocabulary", parameter="prompt")
@@ -234,7 +234,10 @@ class InputProcessor:
         return sequences
 
 
-def _child_seed(seed: int | None, index: int) -> int:
-    """Sequence i of n uses seed + i, wrapped to a signed 64-bit integer."""
-    assert seed is not None
-    return (seed + index + 2**63) % 2**64 - 2**63
+def _child_params(params: SamplingParams, index: int) -> SamplingParams:
+    """Parameters of sequence `index` of n: its own seed; the prompt's logprobs are told by the first one only."""
+    assert params.seed is not None
+    seed = (params.seed + index + 2**63) % 2**64 - 2**63  # seed + i, wrapped to a signed 64-bit integer
+    if index and params.prompt_logprobs is not None:
+        return params.clone(n=1, seed=seed, prompt_logprobs=None, skip_reading_prefix_cache=None)
+    return params.clone(n=1, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,6 +46,7 @@ def test_prompts_as_text_ids_and_dicts_are_the_same(engine):
 def test_a_single_prompt_needs_no_list(engine):
     assert len(engine.generate("The harbour", greedy())) == 1
     assert len(engine.generate([5, 6, 7], greedy())) == 1
+    assert engine.generate(np.array([5, 6, 7]), greedy())[0].prompt_token_ids == [5, 6, 7]
 
 
 def test_outputs_are_in_the_order_of_the_prompts(engine):
@@ -157,6 +159,14 @@ def test_prompt_logprobs_equal_transformers_over_chunks(engine, path, reference_
         assert entry[prompt[position]].logprob == pytest.approx(
             float(expected[position - 1, prompt[position]]), abs=1e-4
         )
+
+
+def test_prompt_logprobs_are_told_once_for_n_sequences(engine):
+    params = SamplingParams(n=3, seed=2, max_tokens=4, ignore_eos=True, prompt_logprobs=1)
+    result = engine.generate([4, 5, 6, 7, 8], params)[0]
+    assert len(result.prompt_logprobs) == 5
+    assert all(token in entry for token, entry in zip([5, 6, 7, 8], result.prompt_logprobs[1:], strict=True))
+    assert result.prompt_logprobs == engine.generate([4, 5, 6, 7, 8], params.clone(n=1))[0].prompt_logprobs
 
 
 def test_bad_words_never_appear(engine):

@@ -109,7 +109,7 @@ def test_sixteen_concurrent_requests_equal_transformers(architecture, make_check
     assert differences(reference, prompts, generated)
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM", "DeepseekV3ForCausalLM"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_cache_of_a_tenth_of_the_need_gives_the_same_tokens(architecture, make_checkpoint, reference_model):
     path = make_checkpoint(architecture)
     prompts = make_prompts(515)
@@ -120,7 +120,7 @@ def test_a_cache_of_a_tenth_of_the_need_gives_the_same_tokens(architecture, make
     assert_equal_but_for_ties(reference_model(path), prompts, generated)
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_prefix_hits_give_the_same_tokens(architecture, make_checkpoint, reference_model):
     path = make_checkpoint(architecture)
     engine = make_engine(path)
