@@ -194,13 +194,7 @@ class AsyncEngine:
 
     async def abort(self, request_id: str | Sequence[str]) -> None:
         """End requests by their id; their streams close with finish_reason abort. Unknown ids are ignored."""
-        wanted = {request_id} if isinstance(request_id, str) else set(request_id)
-        core_ids = [
-            core_id
-            for state in self._loaded_front.outputs.requests.values()
-            if state.request_id in wanted
-            for core_id in state.unfinished_core_ids
-        ]
+        core_ids = self._loaded_front.outputs.unfinished_core_ids(request_id)
         if core_ids and self._client is not None:
             self._client.send(Abort(core_ids))
 

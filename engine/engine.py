@@ -87,13 +87,7 @@ class Engine:
 
     def abort_request(self, request_ids: str | Sequence[str]) -> None:
         """End requests; their last output, finish_reason abort, comes with the next step. Unknown ids are ignored."""
-        wanted = {request_ids} if isinstance(request_ids, str) else set(request_ids)
-        core_ids = [
-            core_id
-            for state in self._front.outputs.requests.values()
-            if state.request_id in wanted
-            for core_id in state.unfinished_core_ids
-        ]
+        core_ids = self._front.outputs.unfinished_core_ids(request_ids)
         result = self._front.outputs.process(self._core.abort(core_ids))
         self._early += [output for _, output in result.outputs]
 

@@ -222,6 +222,12 @@ class OutputProcessor:
             self._by_core_id.pop(sequence.core_id, None)
         return state.unfinished_core_ids
 
+    def unfinished_core_ids(self, request_ids: str | Iterable[str]) -> list[str]:
+        """Core ids behind callers' request ids, of what is still being computed; unknown ids are ignored."""
+        wanted = {request_ids} if isinstance(request_ids, str) else set(request_ids)
+        states = [state for state in self.requests.values() if state.request_id in wanted]
+        return [core_id for state in states for core_id in state.unfinished_core_ids]
+
     def process(self, updates: Iterable[RequestUpdate]) -> ProcessedUpdates:
         """Take in what the core says. Updates of requests forgotten meanwhile are passed over."""
         touched: dict[str, RequestState] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,29 +31,6 @@ class Checkpoint:
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any] | None = None
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
-
-    @property
-    def weight_files(self) -> tuple[Path, ...]:
-        """Files that hold tensors, each once, in the order they are read."""
-        return tuple(dict.fromkeys(info.file for info in self.tensors.values()))
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors as stored."""
-        return sum(info.num_bytes for info in self.tensors.values())
-
-    def weight_bytes(self, dtype: str, ignored: Callable[[str], bool] = lambda name: False) -> int:
-        """Bytes the tensors take in memory as `dtype` (float32 | bfloat16 | float16), for the fit check.
-
-        Block scales are used up by the dequantisation; `ignored` names tensors that are left unread.
-        """
-        bits = {"float32": 32, "bfloat16": 16, "float16": 16}[dtype]
-        elements = sum(
-            info.num_elements
-            for name, info in self.tensors.items()
-            if not ignored(name) and not (name.endswith(SCALE_SUFFIX) and name[: -len(SCALE_SUFFIX)] in self.tensors)
-        )
-        return elements * bits // 8
 
     @property
     def stored_dtype(self) -> str | None:

@@ -101,10 +101,6 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def is_finished(self) -> bool:
-        return self.status == RequestStatus.FINISHED
-
-    @property
     def reads_prefix_cache(self) -> bool:
         """A prompt position found in the cache has no logits, so prompt logprobs must all be reported first."""
         if self.params.prompt_logprobs is None:

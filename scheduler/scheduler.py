@@ -111,13 +111,6 @@ class Scheduler:
         found = [self.requests[request_id] for request_id in dict.fromkeys(request_ids) if request_id in self.requests]
         return self._end(found, "abort")
 
-    def fail_all(self, message: str) -> list[RequestUpdate]:
-        """End every request because a step failed. What that step should have stored is forgotten too."""
-        self._in_flight.clear()
-        updates = self._end(list(self.requests.values()), "error", message, "internal")
-        self.kv.reset_prefix_cache()  # blocks are published when a step is planned; the failed one may not have run
-        return updates
-
     def schedule(self) -> StepPlan:
         """Plan the next step. A plan without rows means that there is nothing to do; it is not to be executed."""
         draft = _Draft(self.config.max_num_batched_tokens)

@@ -342,22 +342,6 @@ def test_request_may_refuse_to_read_the_cache_but_still_fills_it():
     assert scheduler.stats().prefix_cache_queries == 10
 
 
-def test_failure_forgets_what_the_failed_step_should_have_stored():
-    scheduler = make()
-    prompt = list(range(100, 110))
-    add(scheduler, "a", prompt)
-    add(scheduler, "b", 40)
-    scheduler.schedule()
-    updates = scheduler.fail_all("device lost")
-    assert {(u.request_id, u.finish_reason, u.error_kind, u.error) for u in updates} == {
-        ("a", "error", "internal", "device lost"),
-        ("b", "error", "internal", "device lost"),
-    }
-    assert not scheduler.has_unfinished
-    add(scheduler, "c", prompt)
-    assert step(scheduler)[0] == {"c": (0, 10)}
-
-
 # --- priority ------------------------------------------------------------------------------------------------------
 
 
