@@ -84,6 +84,14 @@ class EngineArgs:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}: {value}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive integer: {value}")
+        if isinstance(self.max_logprobs, bool) or not isinstance(self.max_logprobs, int) or self.max_logprobs < -1:
+            raise ValueError(f"max_logprobs must be at least 0, or -1 for the whole vocabulary: {self.max_logprobs}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1]: {self.gpu_memory_utilization}")
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if getattr(self, name) != 1:
                 raise ValueError(f"{name} is not supported yet, use 1: {getattr(self, name)}")
@@ -94,6 +102,13 @@ class EngineArgs:
             )
 
 
+_POSITIVE = (
+    "block_size",
+    "kv_cache_memory_bytes",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "num_gpu_blocks_override",
+)
 _CHOICES = {f.name: f.metadata["choices"] for f in fields(EngineArgs) if "choices" in f.metadata}
 AsyncEngineArgs = EngineArgs
 

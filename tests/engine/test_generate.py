@@ -326,3 +326,25 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(path):
         Engine(str(path), dtype="float32", num_gpu_blocks_override=5)
     with pytest.raises(ValueError, match="positions this model was made for"):
         Engine(str(path), dtype="float32", max_model_len=1000)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs must be a positive integer: 0"),
+        ({"block_size": -1}, "block_size"),
+        ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes"),
+        ({"gpu_memory_utilization": 5}, "gpu_memory_utilization"),
+        ({"max_logprobs": -2}, "max_logprobs"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"scheduling_policy": "lifo"}, "scheduling_policy must be one of"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is not supported yet"),
+        ({"quantization": "awq"}, "quantization is not supported yet"),
+        ({"max_model_len": 0}, "max_model_len"),
+        ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, "max_num_batched_tokens"),
+        ({"device": "tpu"}, "device"),
+    ],
+)
+def test_wrong_engine_arguments_are_named(path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(str(path), **{"dtype": "float32", **fields})
