@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
+from prometheus_client import CollectorRegistry
 
 from ..models.config import ModelConfig
 from ..models.tokenizer import Tokenizer
@@ -19,8 +20,9 @@ from .core_client import CoreClient
 from .errors import EngineDeadError
 from .front import Front
 from .input_processor import InputProcessor, ProcessedRequest
-from .inputs import PromptType
+from .inputs import PromptType, is_conversation
 from .messages import Abort, Add, CoreInfo, ResetPrefixCache, Updates
+from .metrics import EngineMetrics
 from .outputs import RequestOutput
 from .stats_log import StatsLog
 
@@ -33,11 +35,15 @@ class AsyncEngine:
     """Continuous batching behind an async interface; imports no torch.
 
     All methods belong to one event loop. `generate` may be called before the engine is ready: it waits. Breaking out
-    of it, or cancelling it, aborts the request.
+    of it, or cancelling it, aborts the request. Metrics are in `metrics_registry` once the engine is ready, under the
+    label `served_model_name` (by default the model's own), unless `disable_log_stats` is set.
     """
 
-    def __init__(self, args: EngineArgs) -> None:
+    def __init__(self, args: EngineArgs, served_model_name: str | None = None) -> None:
         self.args = args
+        self.served_model_name = served_model_name or args.model
+        self.metrics_registry = CollectorRegistry()
+        self._metrics: EngineMetrics | None = None
         self._front: Front | None = None
         self._inputs: InputProcessor | None = None
         self._client: CoreClient | None = None
@@ -52,19 +58,26 @@ class AsyncEngine:
         self._request_ids = itertools.count()
 
     @classmethod
-    def from_engine_args(cls, args: EngineArgs, *, start: bool = False) -> AsyncEngine:
+    def from_engine_args(
+        cls, args: EngineArgs, *, start: bool = False, served_model_name: str | None = None
+    ) -> AsyncEngine:
         """An engine for `args`; with `start` it begins to load at once, which needs a running event loop."""
-        engine = cls(args)
+        engine = cls(args, served_model_name)
         if start:
-            engine._starting = asyncio.get_running_loop().create_task(engine.start())
+            engine._starting = asyncio.get_running_loop().create_task(engine._start())
         return engine
 
     async def start(self) -> None:
-        """Start the core and load the tokenizer; returns while the core is still loading.
+        """Start the core and load the tokenizer; returns while the core is still loading. Further calls share the first.
 
         Raises ValueError or OSError, with what to change, if the checkpoint cannot be used.
         """
-        if self._client is not None or self._closing:
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        await asyncio.shield(self._starting)
+
+    async def _start(self) -> None:
+        if self._closing:
             return
         self._client = await CoreClient.spawn(self.args)
         try:
@@ -78,9 +91,7 @@ class AsyncEngine:
 
     async def wait_ready(self) -> None:
         """Wait until requests can be served; raises `EngineDeadError` if loading failed."""
-        if self._starting is None:
-            self._starting = asyncio.create_task(self.start())
-        await asyncio.shield(self._starting)
+        await self.start()
         await self._ready.wait()
         if self._dead_error is not None:
             raise self._dead_error
@@ -151,8 +162,8 @@ class AsyncEngine:
             request_id = str(next(self._request_ids))
         params = sampling_params or self._loaded_front.default_sampling_params()
         request = await self._process(request_id, prompt, params, priority)
-        stream = self._submit(request)
         try:
+            stream = self._submit(request)
             while True:
                 item = await stream.get()
                 if isinstance(item, Exception):
@@ -166,6 +177,8 @@ class AsyncEngine:
     async def _process(
         self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int
     ) -> ProcessedRequest:
+        if is_conversation(prompt) or (isinstance(prompt, Mapping) and "messages" in prompt):
+            prompt = await asyncio.to_thread(self._loaded_front.read_chat, prompt)
         text = prompt if isinstance(prompt, str) else prompt.get("prompt") if isinstance(prompt, Mapping) else None
         if isinstance(text, str) and len(text) > INLINE_ENCODE_CHARACTERS:
             given: dict[str, Any] = dict(prompt) if isinstance(prompt, Mapping) else {"prompt": text}
@@ -181,6 +194,8 @@ class AsyncEngine:
         self._loaded_front.outputs.add(request)
         stream: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         self._streams[request.key] = stream
+        if self._metrics is not None:
+            self._metrics.add(request.core_requests)
         for core_request in request.core_requests:
             self._client.send(Add(core_request))
         return stream
@@ -189,6 +204,7 @@ class AsyncEngine:
         """Drop a request; whatever of it is still being computed is aborted."""
         self._streams.pop(key, None)
         core_ids = self._loaded_front.outputs.remove(key)
+        self._count_ends(core_ids, "abort")
         if core_ids and self._client is not None and not self.errored:
             self._client.send(Abort(core_ids))
 
@@ -252,8 +268,7 @@ class AsyncEngine:
             while True:
                 message = await self._client.receive()
                 if isinstance(message, CoreInfo):
-                    self._inputs = self._loaded_front.input_processor(message.max_model_len)
-                    self._ready.set()
+                    self._take_info(message)
                 else:
                     self._take_updates(message)
         except EngineDeadError as error:
@@ -262,9 +277,26 @@ class AsyncEngine:
             logger.exception("reading from the engine core failed")
             self._die(EngineDeadError(f"{type(error).__name__}: {error}"))
 
+    def _take_info(self, info: CoreInfo) -> None:
+        self._inputs = self._loaded_front.input_processor(info.max_model_len)
+        if not self.args.disable_log_stats:
+            self._metrics = EngineMetrics(
+                self.metrics_registry, self.served_model_name, info.max_model_len, cache_config(self.args, info)
+            )
+        self._tasks.append(asyncio.create_task(self._watch_core()))
+        self._ready.set()
+
+    async def _watch_core(self) -> None:
+        assert self._client is not None
+        if await self._client.wait_until_hung():
+            self._die(EngineDeadError("the engine core process does not answer any more and has been killed"))
+
     def _take_updates(self, message: Updates) -> None:
         self._stats = msgspec.structs.asdict(message.stats)
+        if self._metrics is not None:
+            self._metrics.take(message.updates, message.stats)
         result = self._loaded_front.outputs.process(message.updates)
+        self._count_ends(result.core_ids_to_abort, "stop")  # what ends with an error has been counted by now
         if self._stats_log is not None:
             self._stats_log.count(message.stats, result.num_prompt_tokens, result.num_new_tokens)
         if result.core_ids_to_abort and self._client is not None:
@@ -273,6 +305,11 @@ class AsyncEngine:
             stream = self._streams.get(state.key)
             if stream is not None:
                 stream.put_nowait(item)
+
+    def _count_ends(self, core_ids: Sequence[str], reason: str) -> None:
+        if self._metrics is not None:
+            for core_id in core_ids:
+                self._metrics.end(core_id, reason)
 
     async def _log_stats(self, log: StatsLog) -> None:
         while not self.errored:
@@ -284,10 +321,27 @@ class AsyncEngine:
         if self._dead_error is None:
             self._dead_error = error
         self._ready.set()
+        if self._metrics is not None:
+            self._metrics.engine_died()
         for stream in self._streams.values():
             stream.put_nowait(self._dead_error)
         if self._client is not None:
             self._client.kill()
+
+
+def cache_config(args: EngineArgs, info: CoreInfo) -> dict[str, Any]:
+    """What the metric about the KV cache tells, by vLLM's names."""
+    num_tokens = info.num_blocks * info.block_size
+    return {
+        "block_size": info.block_size,
+        "num_gpu_blocks": info.num_blocks,
+        "num_gpu_blocks_override": args.num_gpu_blocks_override,
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
+        "kv_cache_size_tokens": num_tokens,
+        "kv_cache_max_concurrency": round(num_tokens / info.max_model_len, 2),
+        "enable_prefix_caching": args.enable_prefix_caching,
+    }
 
 
 AsyncLLM = AsyncLLMEngine = AsyncEngine

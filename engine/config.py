@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ..models.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from ..models.config import ModelConfig
 from ..models.config_parser import parse_config
 from ..models.generation_config import extra_eos_token_ids, sampling_defaults
+from ..scheduler.sampling_params import SamplingParams
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "half", "float")
@@ -80,15 +82,18 @@ class EngineArgs:
     data_parallel_size: int = _arg(1, "replicas of the engine; only 1 is supported so far")
 
     def __post_init__(self) -> None:
+        self.model = os.fspath(self.model)  # a Path will do
+        for field_ in fields(self):
+            _check_type(field_.name, getattr(self, field_.name))
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}: {value}")
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be a positive integer: {value}")
-        if isinstance(self.max_logprobs, bool) or not isinstance(self.max_logprobs, int) or self.max_logprobs < -1:
+        if self.max_logprobs < -1:
             raise ValueError(f"max_logprobs must be at least 0, or -1 for the whole vocabulary: {self.max_logprobs}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1]: {self.gpu_memory_utilization}")
@@ -102,6 +107,24 @@ class EngineArgs:
             )
 
 
+_HINTS = get_type_hints(EngineArgs)
+
+
+def _check_type(name: str, value: Any) -> None:
+    """ValueError unless `value` has one of the types of the field `name`; an integer is a number too."""
+    hint = _HINTS[name]
+    kinds = tuple(get_origin(kind) or kind for kind in get_args(hint) if get_origin(hint) is not dict) or (
+        get_origin(hint) or hint,
+    )
+    if isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds):
+        return
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return
+    names = " or ".join("nothing" if kind is type(None) else _TYPE_NAMES[kind] for kind in kinds)
+    raise ValueError(f"{name} must be {names}: {value!r}")
+
+
+_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", dict: "a mapping"}
 _POSITIVE = (
     "block_size",
     "kv_cache_memory_bytes",
@@ -137,6 +160,8 @@ class EngineConfig:
         tokenizer_path = None
         if not args.skip_tokenizer_init:
             tokenizer_path = path if args.tokenizer is None else resolve_model(args.tokenizer, None, args.download_dir)
+        defaults = sampling_defaults(checkpoint, args.generation_config, args.override_generation_config)
+        SamplingParams.from_optional(**defaults)  # a wrong default is the operator's to hear of, not every request's
         return cls(
             args=args,
             checkpoint=checkpoint,
@@ -144,7 +169,7 @@ class EngineConfig:
             model=model,
             dtype=_resolve_dtype(args.dtype, model.dtype, checkpoint),
             max_model_len=_resolve_max_model_len(args.max_model_len, model),
-            sampling_defaults=sampling_defaults(checkpoint, args.generation_config, args.override_generation_config),
+            sampling_defaults=defaults,
             extra_eos_token_ids=extra_eos_token_ids(checkpoint, args.generation_config),
         )
 
@@ -177,8 +202,8 @@ def _resolve_max_model_len(wanted: int | str | None, model: ModelConfig) -> int 
         return None
     if wanted is None:
         return model.derived_max_model_len
-    if isinstance(wanted, str) or wanted < 1:
-        raise ValueError(f"max_model_len must be a positive integer, -1 or auto: {wanted}")
+    if isinstance(wanted, str) or wanted < 2:
+        raise ValueError(f"max_model_len must be at least 2 (a prompt and an output token), -1 or auto: {wanted}")
     if wanted > model.derived_max_model_len:
         raise ValueError(
             f"max_model_len is greater than the {model.derived_max_model_len} positions this model was made for; "

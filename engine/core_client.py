@@ -14,16 +14,18 @@ import msgspec
 
 from .config import EngineArgs
 from .errors import EngineDeadError
+from .heartbeat import watch
 from .messages import FRAME_HEADER_BYTES, CoreInfo, Failed, Start, Stop, Updates, frame, from_core_decoder
 
 STREAM_LIMIT_BYTES = 1 << 24
 
 
 class CoreClient:
-    """One engine core process and the socket to it. All methods belong to one event loop."""
+    """One engine core process and the sockets to it: messages, and pings. All methods belong to one event loop."""
 
-    def __init__(self, process: subprocess.Popen[bytes], reader: Any, writer: Any) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], reader: Any, writer: Any, pings: socket.socket) -> None:
         self.process = process
+        self._pings = pings
         self._reader: asyncio.StreamReader = reader
         self._writer: asyncio.StreamWriter = writer
 
@@ -31,16 +33,19 @@ class CoreClient:
     async def spawn(cls, args: EngineArgs) -> CoreClient:
         """Start the process and tell it what to load; returns before it has loaded."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
+        pings, their_pings = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs, their_pings:
+            files = (theirs.fileno(), their_pings.fileno())
             process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.core_process", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
+                [sys.executable, "-m", f"{__package__}.core_process", *map(str, files)],
+                pass_fds=files,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a signal to the front's group must not end the core before it has drained
             )
         ours.setblocking(False)
+        pings.setblocking(False)
         reader, writer = await asyncio.open_unix_connection(sock=ours, limit=STREAM_LIMIT_BYTES)
-        client = cls(process, reader, writer)
+        client = cls(process, reader, writer, pings)
         client.send(Start(asdict(args)))
         return client
 
@@ -62,6 +67,10 @@ class CoreClient:
             raise EngineDeadError(message.message)
         return message
 
+    async def wait_until_hung(self) -> bool:
+        """True once the process exists and does not answer any more; False once it has ended."""
+        return await watch(self._pings)
+
     async def _exit_code(self) -> int | None:
         for _ in range(50):
             if self.process.poll() is not None:
@@ -78,9 +87,11 @@ class CoreClient:
         while self.process.poll() is None and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.01)
         self.kill()
-        self._writer.close()
 
     def kill(self) -> None:
+        """End the process by force if it has not ended, and close the sockets."""
+        self._writer.close()
+        self._pings.close()
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()

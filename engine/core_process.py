@@ -1,6 +1,7 @@
-"""The engine core as a process of its own: `python -m omni_engine.engine.core_process FD`.
+"""The engine core as a process of its own: `python -m omni_engine.engine.core_process FD PINGS_FD`.
 
-It reads messages from the socket it inherits, steps while there is work, and ends when the socket closes.
+It reads messages from the socket it inherits, steps while there is work, and ends when the socket closes. Pings come
+over a second socket.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import os
 import select
 import signal
 import socket
@@ -17,7 +17,10 @@ from collections.abc import Iterator
 
 import msgspec
 
+from ..scheduler.request import RequestUpdate
 from .config import EngineArgs, EngineConfig
+from .heartbeat import answer_pings
+from .logs import set_up_logging
 from .messages import (
     FRAME_HEADER_BYTES,
     Abort,
@@ -64,9 +67,22 @@ class CoreChannel:
             end = body + int.from_bytes(self._buffer[start:body], "little")
             if len(self._buffer) < end:
                 break
-            yield to_core_decoder.decode(memoryview(self._buffer)[body:end].tobytes())
+            yield _decode(memoryview(self._buffer)[body:end].tobytes())
             start = end
         del self._buffer[:start]
+
+
+def _decode(data: bytes) -> object:
+    """One message. A request that cannot be read must not end those that can: it comes as its own refusal."""
+    try:
+        return to_core_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raw = msgspec.msgpack.decode(data)
+        request = raw.get("request") if isinstance(raw, dict) else None
+        request_id = request.get("request_id") if isinstance(request, dict) else None
+        if not isinstance(request_id, str):
+            raise
+        return RequestUpdate(request_id, finish_reason="error", error=str(error), error_kind="invalid")
 
 
 def _die_with_parent() -> None:
@@ -91,6 +107,8 @@ def serve(channel: CoreChannel) -> None:
                 updates += core.abort(message.request_ids)
             elif isinstance(message, ResetPrefixCache):
                 core.reset_prefix_cache()
+            elif isinstance(message, RequestUpdate):
+                updates.append(message)
             elif isinstance(message, Stop):
                 return
         if core.has_unfinished:
@@ -102,9 +120,9 @@ def main(argv: list[str]) -> int:
     _die_with_parent()
     # Signals of the terminal's process group are the front's to handle; it says Stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    level = os.environ.get("OMNI_ENGINE_LOG_LEVEL", "INFO").upper()
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    set_up_logging()
     channel = CoreChannel(socket.socket(fileno=int(argv[0])))
+    answer_pings(socket.socket(fileno=int(argv[1])))
     try:
         serve(channel)
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Integral
-from typing import Any, cast
+from typing import Any
 
 from tqdm import tqdm
 
 from ..models.tokenizer import Tokenizer
+from ..scheduler.request import RequestUpdate
 from ..scheduler.sampling_params import RequestOutputKind, SamplingParams, ValidationError
 from .config import EngineArgs, EngineConfig
 from .core import EngineCore
 from .errors import EngineDeadError
 from .front import Front
-from .inputs import PromptType
+from .inputs import PromptType, as_prompt_list
 from .outputs import RequestOutput
 
 
@@ -27,7 +27,8 @@ class Engine:
         for output in engine.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
             print(output.outputs[0].text)
 
-    Keywords are the fields of `EngineArgs`. Not thread-safe. A request that fails raises for that request; after an
+    Keywords are the fields of `EngineArgs`. Not thread-safe. Several `generate` and `stream` calls and requests of
+    `add_request` may be under way at once: whoever steps computes for all, and each gets its own outputs. After an
     error inside a step the engine is dead, and every further call raises `EngineDeadError`.
     """
 
@@ -41,9 +42,9 @@ class Engine:
         self._core = EngineCore.load(self.config)
         self._inputs = self._front.input_processor(self._core.info.max_model_len)
         self._dead: EngineDeadError | None = None
-        self._request_ids = itertools.count()
-        self._early: list[RequestOutput] = []  # outputs of aborts, told by the next step
-        self._failures: dict[str, Exception] = {}
+        self._num_prompts = 0  # of generate and stream; their request ids count on from here
+        self._step_inbox: deque[RequestOutput] = deque()  # of the requests of add_request, for step to tell
+        self._inboxes: dict[str, deque[RequestOutput]] = {}  # by request key: where its outputs go
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> Engine:
@@ -74,27 +75,27 @@ class Engine:
     ) -> None:
         """Queue a request; raises `ValidationError`, also for an id that is in use."""
         self._check_alive()
-        if any(state.request_id == request_id for state in self._front.outputs.requests.values()):
+        inbox_keys = [key for key, inbox in self._inboxes.items() if inbox is self._step_inbox]
+        if any(self._front.outputs.requests[key].request_id == request_id for key in inbox_keys):
             raise ValidationError("a request of this id is running", parameter="request_id", value=request_id)
-        self._submit(request_id, prompt, params or self.get_default_sampling_params(), priority)
+        self._submit(request_id, prompt, params or self.get_default_sampling_params(), priority, self._step_inbox)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; returns what is new. A request the engine refused or failed raises its error here."""
-        outputs = self._step()
-        if self._failures:
-            raise self._failures.pop(next(iter(self._failures)))
-        return [output for _, output in outputs]
+        """Run one step; returns what is new of the requests of `add_request`."""
+        self._step()
+        outputs = list(self._step_inbox)
+        self._step_inbox.clear()
+        return outputs
 
     def abort_request(self, request_ids: str | Sequence[str]) -> None:
         """End requests; their last output, finish_reason abort, comes with the next step. Unknown ids are ignored."""
         core_ids = self._front.outputs.unfinished_core_ids(request_ids)
-        result = self._front.outputs.process(self._core.abort(core_ids))
-        self._early += [output for _, output in result.outputs]
+        self._take(self._core.abort(core_ids))
 
     abort = abort_request
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._front.outputs.requests or self._early)
+        return bool(self._front.outputs.requests or self._step_inbox)
 
     def get_num_unfinished_requests(self) -> int:
         return len(self._front.outputs.requests)
@@ -108,17 +109,17 @@ class Engine:
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; outputs are in the order of the prompts."""
-        finals: dict[str, RequestOutput] = {}
-        requests = self._pair(prompts, sampling_params, priority)
-        final_only = [
+        requests = [
             (prompt, params.clone(output_kind=RequestOutputKind.FINAL_ONLY), level)
-            for prompt, params, level in requests
+            for prompt, params, level in self._pair(prompts, sampling_params, priority)
         ]
+        first = self._num_prompts
+        finals: dict[int, RequestOutput] = {}
         with tqdm(total=len(requests), desc="Processed prompts", unit="prompt", disable=not use_tqdm) as bar:
-            for output in self._run(final_only):
-                finals[output.request_id] = output
+            for output in self._run(requests):
+                finals[int(output.request_id) - first] = output
                 bar.update()
-        return [finals[request_id] for request_id in sorted(finals, key=int)]
+        return [finals[index] for index in range(len(requests))]
 
     def stream(
         self,
@@ -140,50 +141,67 @@ class Engine:
         self._core.scheduler.check_integrity()
 
     def _run(self, requests: Sequence[tuple[PromptType, SamplingParams, int]]) -> Iterator[RequestOutput]:
+        """Outputs of these requests and no others. Their ids are the next numbers from `_num_prompts` on."""
         self._check_alive()
-        ids: dict[str, None] = {}  # in order, of those unfinished
+        inbox: deque[RequestOutput] = deque()
+        ids = [str(self._num_prompts + index) for index in range(len(requests))]
+        self._num_prompts += len(requests)
+        keys: dict[str, None] = {}
         try:
-            for prompt, params, level in requests:
-                ids[self._submit(str(next(self._request_ids)), prompt, params, level)] = None
-            while ids:
-                for key, output in self._step():
-                    if output.finished:
-                        ids.pop(key, None)
+            for request_id, (prompt, params, level) in zip(ids, requests, strict=True):
+                keys[self._submit(request_id, prompt, params, level, inbox)] = None
+            num_unfinished = len(keys)
+            while num_unfinished:
+                while inbox:
+                    output = inbox.popleft()
+                    num_unfinished -= output.finished
                     yield output
-                for key in list(ids):
-                    if key in self._failures:
-                        raise self._failures.pop(key)
+                if num_unfinished:
+                    self._step()
         finally:
-            for key in ids:
-                self._core.abort(self._front.outputs.remove(key))
+            for key in keys:
+                self._forget(key)
 
-    def _submit(self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int) -> str:
-        request = self._inputs.process(request_id, prompt, params, priority=priority)
+    def _submit(
+        self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int, inbox: deque[RequestOutput]
+    ) -> str:
+        request = self._inputs.process(request_id, self._front.read_chat(prompt), params, priority=priority)
         self._front.outputs.add(request)
+        self._inboxes[request.key] = inbox
         for core_request in request.core_requests:
-            self._take(self._core.add(core_request))
-            if request.key in self._failures:
-                break  # one of the n sequences was refused, so the request has failed
+            refusal = self._core.add(core_request)
+            if refusal:
+                failures = self._front.outputs.process(refusal).failures
+                self._forget(request.key)
+                raise failures[0][1]
         return request.key
 
-    def _step(self) -> list[tuple[str, RequestOutput]]:
+    def _forget(self, key: str) -> None:
+        """Drop a request, finished or not; whatever of it is still being computed is aborted."""
+        self._inboxes.pop(key, None)
+        self._core.abort(self._front.outputs.remove(key))
+
+    def _step(self) -> None:
+        """Compute one step for all requests and put their outputs where they belong."""
         self._check_alive()
-        early, self._early = self._early, []
-        outputs = [("", output) for output in early]
         if not self._core.has_unfinished:
-            return outputs
+            return
         try:
             updates = self._core.step()
         except Exception as error:
             self._dead = EngineDeadError(f"a step failed: {type(error).__name__}: {error}")
             raise self._dead from error
-        return outputs + self._take(updates)
+        self._take(updates)
 
-    def _take(self, updates: Sequence[Any]) -> list[tuple[str, RequestOutput]]:
+    def _take(self, updates: Sequence[RequestUpdate]) -> None:
         result = self._front.outputs.process(updates)
         self._core.abort(result.core_ids_to_abort)
-        self._failures.update((state.key, error) for state, error in result.failures)
-        return [(state.key, output) for state, output in result.outputs]
+        for state, output in result.outputs:
+            inbox = self._inboxes.get(state.key)
+            if inbox is not None:
+                inbox.append(output)
+            if output.finished:
+                self._inboxes.pop(state.key, None)
 
     def _check_alive(self) -> None:
         if self._dead is not None:
@@ -198,8 +216,14 @@ class Engine:
         many = as_prompt_list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or self.get_default_sampling_params()] * len(many)
-        else:
+        elif isinstance(sampling_params, Sequence) and all(isinstance(p, SamplingParams) for p in sampling_params):
             params = list(sampling_params)
+        else:
+            raise ValidationError(
+                "sampling_params must be SamplingParams, or a list with one for each prompt",
+                parameter="sampling_params",
+                value=sampling_params,
+            )
         levels = [0] * len(many) if priority is None else list(priority)
         for name, values in (("sampling_params", params), ("priority", levels)):
             if len(values) != len(many):
@@ -209,25 +233,39 @@ class Engine:
         return list(zip(many, params, levels, strict=True))
 
 
-def as_prompt_list(prompts: Any) -> list[PromptType]:
-    """One prompt (text, dict or token ids) or a sequence of them, as a list."""
-    if isinstance(prompts, (str, Mapping)):
-        return [cast(PromptType, prompts)]
-    many = list(prompts)
-    if many and all(isinstance(item, Integral) for item in many):
-        return [cast(PromptType, many)]
-    return many
+# vLLM's arguments that are not ours, with the values under which they change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "convert": ("auto", "none"),
+    "cpu_offload_gb": (0,),
+    "distributed_executor_backend": (None, "uni", "mp"),
+    "enable_lora": (False, None),
+    "enable_prompt_embeds": (False,),
+    "kv_cache_dtype": ("auto",),
+    "kv_transfer_config": (None,),
+    "logits_processors": (None,),
+    "max_lora_rank": (None, 16),
+    "model_impl": ("auto",),
+    "runner": ("auto", "generate"),
+    "speculative_config": (None,),
+    "structured_outputs_config": (None,),
+    "swap_space": (0, 4),
+}
 
 
 def engine_args(model: str | None, kwargs: Mapping[str, Any]) -> EngineArgs:
-    """`EngineArgs` from keywords; names the first one that is unknown."""
+    """`EngineArgs` from keywords, vLLM's neutral ones left out; TypeError names what is unknown or not built."""
     known = {field.name for field in dataclasses.fields(EngineArgs)}
-    for name in kwargs:
-        if name not in known:
+    ours: dict[str, Any] = {} if model is None else {"model": str(model)}
+    for name, value in kwargs.items():
+        if name in known:
+            ours[name] = value
+        elif name not in _NEUTRAL:
             raise TypeError(
-                f"not supported yet, or not an engine argument; known are {', '.join(sorted(known))}: {name}"
+                f"not an engine argument, or not supported yet; known are {', '.join(sorted(known))}: {name}"
             )
-    return EngineArgs(**({} if model is None else {"model": str(model)}), **kwargs)
+        elif value not in _NEUTRAL[name]:
+            raise TypeError(f"not supported yet: {name}={value!r}")
+    return EngineArgs(**ours)
 
 
 LLMEngine = Engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -11,7 +12,10 @@ from ..models.tokenizer import Tokenizer, load_tokenizer
 from ..scheduler.sampling_params import SamplingParams, ValidationError
 from .config import EngineConfig
 from .input_processor import InputProcessor
+from .inputs import is_conversation
 from .output_processor import OutputProcessor
+
+logger = logging.getLogger(__name__)
 
 
 class Front:
@@ -33,13 +37,18 @@ class Front:
         config_eos = config.model.eos_token_ids
         if eos_token_id is None and config_eos:
             eos_token_id = config_eos[0]
+        eos_ids = [eos_token_id, *(config.extra_eos_token_ids or config_eos)]
+        outside = [token for token in eos_ids if token is not None and not 0 <= token < config.model.vocab_size]
+        if outside:
+            logger.warning("end-of-sequence ids outside the vocabulary of %d are ignored: %s",
+                           config.model.vocab_size, outside)  # fmt: skip
         return InputProcessor(
             self.tokenizer,
             vocab_size=config.model.vocab_size,
             max_model_len=max_model_len,
             max_logprobs=config.args.max_logprobs,
-            eos_token_id=eos_token_id,
-            extra_eos_token_ids=config.extra_eos_token_ids or config_eos,
+            eos_token_id=None if eos_token_id in outside else eos_token_id,
+            extra_eos_token_ids=[token for token in eos_ids[1:] if token is not None and token not in outside],
             seed=config.args.seed,
         )
 
@@ -50,6 +59,24 @@ class Front:
     def _compile_template(self, source: str) -> ChatTemplate:
         assert self.tokenizer is not None
         return ChatTemplate(source, **self.tokenizer.special_tokens_map)
+
+    def read_chat(self, prompt: Any) -> Any:
+        """A prompt of chat messages as text and token ids; any other prompt as it is. Raises `ValidationError`."""
+        if is_conversation(prompt):
+            prompt = {"messages": prompt}
+        if not isinstance(prompt, Mapping) or "messages" not in prompt:
+            return prompt
+        options = {name: value for name, value in prompt.items() if name not in ("messages", "cache_salt")}
+        try:
+            text = self.render_chat(prompt["messages"], **options)
+        except TypeError as error:
+            raise ValidationError(f"not an option of a chat prompt: {error}", parameter="prompt") from error
+        except ValueError as error:
+            raise ValidationError(str(error), parameter="messages") from error
+        assert self.tokenizer is not None  # render_chat needs it
+        # The template has written the special tokens itself.
+        read = {"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
+        return {**read, "cache_salt": prompt["cache_salt"]} if "cache_salt" in prompt else read
 
     def render_chat(
         self,

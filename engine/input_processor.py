@@ -11,7 +11,7 @@ from typing import Any
 
 from ..models.tokenizer import Tokenizer
 from ..scheduler.request import RequestInput
-from ..scheduler.sampling_params import INT64_MAX, SamplingParams, ValidationError
+from ..scheduler.sampling_params import INT64_MAX, INT64_MIN, SamplingParams, ValidationError, is_text
 from .inputs import PromptType
 
 MAX_BAD_WORD_TOKENS = 1024
@@ -65,6 +65,8 @@ class InputProcessor:
     ) -> ProcessedRequest:
         """Check, tokenize and complete one request; raises `ValidationError`."""
         text, token_ids, cache_salt = self._read_prompt(prompt)
+        if isinstance(priority, bool) or not isinstance(priority, int) or not INT64_MIN <= priority <= INT64_MAX:
+            raise ValidationError("priority must be a 64-bit integer", parameter="priority", value=priority)
         params.check_vocabulary(self.vocab_size, self.max_logprobs)
         if token_ids is None:
             assert text is not None
@@ -107,8 +109,8 @@ class InputProcessor:
                     parameter="prompt",
                 )
             text, token_ids, cache_salt = (prompt.get(key) for key in ("prompt", "prompt_token_ids", "cache_salt"))
-            if cache_salt is not None and not isinstance(cache_salt, str):
-                raise ValidationError("cache_salt must be a string", parameter="cache_salt", value=cache_salt)
+            if cache_salt is not None and not is_text(cache_salt):
+                raise ValidationError("cache_salt must be a valid string", parameter="cache_salt", value=cache_salt)
         elif not isinstance(prompt, str) and isinstance(prompt, Sequence):
             text, token_ids = None, prompt
         if token_ids is not None:

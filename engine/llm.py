@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from ..models.tokenizer import Tokenizer
-from ..scheduler.sampling_params import SamplingParams
+from ..scheduler.sampling_params import SamplingParams, ValidationError
 from .config import EngineArgs
 from .engine import Engine
 from .inputs import PromptType
@@ -31,9 +31,14 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: None = None,
         priority: Sequence[int] | None = None,
+        tokenization_kwargs: None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; outputs are in the order of the prompts."""
+        for name, value in (("lora_request", lora_request), ("tokenization_kwargs", tokenization_kwargs)):
+            if value:
+                raise ValidationError("not supported yet by LLM.generate", parameter=name, value=value)
         return self.llm_engine.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority)
 
     def chat(
@@ -41,6 +46,8 @@ class LLM:
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: None = None,
+        priority: Sequence[int] | None = None,
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -50,21 +57,15 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several."""
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        tokenizer = self.llm_engine.tokenizer
-        prompts: list[PromptType] = []
-        for conversation in conversations:
-            text = self.llm_engine.chat_prompt(
-                conversation,
-                tools=tools,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                chat_template_kwargs=chat_template_kwargs,
-            )
-            assert tokenizer is not None  # chat_prompt needs it
-            # The template writes the special tokens itself.
-            prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        options = {
+            "tools": tools,
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "chat_template_kwargs": chat_template_kwargs,
+        }
+        prompts: list[Any] = [{"messages": conversation, **options} for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request, priority=priority)
 
     def get_tokenizer(self) -> Tokenizer | None:
         return self.llm_engine.tokenizer

@@ -127,10 +127,11 @@ class RequestState:
             if sequence.detokenizer is None or position >= hidden:
                 continue
             text = sequence.detokenizer.push((token_id,))
-            if sequence.matcher is None or len(sequence.token_ids) <= self.params.min_tokens:
+            if sequence.matcher is None:
                 sequence.text += text
                 continue
-            emitted, matched = sequence.matcher.push(text)
+            may_stop = len(sequence.token_ids) > self.params.min_tokens
+            emitted, matched = sequence.matcher.push(text, may_stop=may_stop)
             sequence.text += emitted
             if matched is not None:
                 sequence.finish_reason, sequence.stop_reason = "stop", matched
@@ -145,10 +146,13 @@ class RequestState:
         if sequence.matcher is None:
             sequence.text += text
             return
-        emitted, matched = sequence.matcher.push(text)
+        may_stop = len(sequence.token_ids) > self.params.min_tokens
+        emitted, matched = sequence.matcher.push(text, may_stop=may_stop)
         sequence.text += emitted
         if matched is None:
             sequence.text += sequence.matcher.flush()
+        else:
+            sequence.finish_reason, sequence.stop_reason = "stop", matched
 
     def _logprob_entry(self, item: TokenLogprobs) -> dict[int, Logprob]:
         """The token itself first, with its rank, then the top ones, ranked from 1."""

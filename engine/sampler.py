@@ -51,7 +51,7 @@ class Sampler:
         """Take in a request at its row; its earlier output, if it was preempted, is in `token_ids`."""
         row, params = new.row, new.params
         self.temperature[row] = 0.0 if params.is_greedy else params.temperature
-        self.top_k[row] = params.top_k if params.top_k > 0 else self.vocab_size
+        self.top_k[row] = min(params.top_k, self.vocab_size) if params.top_k > 0 else self.vocab_size
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
         assert params.seed is not None, "a request is given a seed at admission"

@@ -162,8 +162,14 @@ def _size_cache(
     args = config.args
     longest = config.max_model_len or config.model.derived_max_model_len
     kv_bytes = args.kv_cache_memory_bytes
+    free_bytes = available_bytes(device, args.gpu_memory_utilization)
+    if kv_bytes is not None and kv_bytes > free_bytes:
+        raise ValueError(
+            f"kv_cache_memory_bytes is more than the {free_bytes} bytes ({format_bytes(free_bytes)}) that are free on "
+            f"{device} with the weights loaded: {kv_bytes}"
+        )
     if kv_bytes is None:
-        kv_bytes = max(0, available_bytes(device, args.gpu_memory_utilization) - workspace)
+        kv_bytes = max(0, free_bytes - workspace)
         if device.type == "cpu":
             one = sequence_bytes(spec, config.block_size, longest)
             wanted = _cpu_kv_bytes() or max(DEFAULT_CPU_KV_BYTES, one)

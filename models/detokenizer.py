@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 from .tokenizer import Tokenizer
 
-# Valid bytes of one run of byte tokens that may wait for the run to end. A random run is found ill-formed long before.
-_MAX_HELD_BYTES = 32
 # The "other" decoders are only known through the backend, which is asked about this many tokens at a time.
 _CONTEXT_TOKENS = 4
 _MAX_HELD_TOKENS = 8
@@ -21,8 +19,9 @@ class IncrementalDetokenizer:
     output together adds to decoding the prompt:
     - byte-level tokenizers: exactly `tokenizer.decode(output ids)`;
     - "▁" tokenizers (Llama 2, Mistral): the same, but a space at the start stays where the prompt has text.
-      A run of byte tokens ("<0xE2>") is text if all of it is well-formed UTF-8, else one U+FFFD per byte, as `decode`
-      has it; so a run is held back until it ends, or 32 bytes of it are well-formed: these are then final;
+      Byte tokens ("<0xE2>") become text as soon as they complete a character: a newline must be able to stop a
+      request at once. Bytes that are no UTF-8 become U+FFFD as in any lossy decoder, where `decode` replaces every
+      byte of such a run, those of its good characters too: it can tell only when the run is over;
     - any other decoder: by decoding a short window of tokens again; a window that ends in U+FFFD waits for up to 8.
 
     Time is linear in the number of ids whatever they are. Ids outside the vocabulary add nothing; a negative id raises
@@ -68,57 +67,33 @@ class _ByteLevelStream:
 
 
 class _ByteFallbackStream:
-    """Text tokens as they are; runs of byte tokens as text or as U+FFFD, see `IncrementalDetokenizer`."""
+    """Text tokens as they are; byte tokens through a UTF-8 decoder, which a text token ends."""
 
     def __init__(self, tokenizer: Tokenizer, *, at_start: bool) -> None:
         self._tokenizer = tokenizer
         self._strip_space = at_start and tokenizer.decoder.strips_first_space
         self._text: dict[int, str | None] = {}  # by id; None: a byte token
-        self._run = bytearray()  # the well-formed bytes of the current run that are not final yet
-        self._in_ill_formed_run = False
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_ids: Sequence[int]) -> str:
         parts: list[str] = []
         for token_id in token_ids:
             text = self._text[token_id] if token_id in self._text else self._look_up(token_id)
             if text is None:
-                parts.append(self._push_byte(self._tokenizer.token_bytes(token_id)[0]))
+                parts.append(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
             elif text:
-                if self._run or self._in_ill_formed_run:
-                    parts.append(self._end_run())
+                parts.append(self._decoder.decode(b"", final=True))
                 parts.append(text)
         return self._emit("".join(parts))
 
     def finish(self) -> str:
-        return self._emit(self._end_run())
+        return self._emit(self._decoder.decode(b"", final=True))
 
     def _look_up(self, token_id: int) -> str | None:
         token = self._tokenizer.id_to_token(token_id)
         is_byte = token is not None and self._tokenizer.decoder.byte_of(token) is not None
         text = None if is_byte else self._tokenizer.token_bytes(token_id).decode("utf-8")
         self._text[token_id] = text
-        return text
-
-    def _push_byte(self, byte: int) -> str:
-        if self._in_ill_formed_run:
-            return "\ufffd"
-        self._run.append(byte)
-        complete = _complete_length(self._run)
-        if complete is None:
-            lost, self._in_ill_formed_run = len(self._run), True
-            self._run.clear()
-            return "\ufffd" * lost
-        if complete < _MAX_HELD_BYTES:
-            return ""
-        text = self._run[:complete].decode("utf-8")
-        del self._run[:complete]
-        return text
-
-    def _end_run(self) -> str:
-        complete = _complete_length(self._run)
-        text = self._run.decode("utf-8") if complete == len(self._run) else "\ufffd" * len(self._run)
-        self._run.clear()
-        self._in_ill_formed_run = False
         return text
 
     def _emit(self, text: str) -> str:
@@ -157,18 +132,6 @@ class _WindowStream:
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
-
-
-def _complete_length(data: bytearray) -> int | None:
-    """How many bytes of `data` are complete characters; None if it is no beginning of well-formed UTF-8.
-
-    `data` is at most _MAX_HELD_BYTES + 3 long.
-    """
-    try:
-        _, consumed = codecs.utf_8_decode(data, "strict", False)
-    except UnicodeDecodeError:
-        return None
-    return consumed
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -29,8 +29,11 @@ def sampling_defaults(
 
     `source`: auto (the model's own file, if there is one), vllm (none), or a folder that has the file. `overrides`
     (--override-generation-config) go before it, with any source. Keys other than vLLM's six are left alone.
-    Raises ValueError for a wrong type, FileNotFoundError for a folder without the file.
+    Raises ValueError for a wrong type or an override of another name, FileNotFoundError for a folder without the file.
     """
+    for key in overrides or {}:
+        if key not in SAMPLING_KEYS:
+            raise ValueError(f"override_generation_config takes {', '.join(SAMPLING_KEYS)}, not: {key}")
     settings = {} if source == "vllm" else dict(_read(checkpoint, source))
     reader = ConfigReader(settings | dict(overrides or {}), FILE_NAME)
     defaults: dict[str, float | int] = {}

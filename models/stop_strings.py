@@ -23,10 +23,11 @@ class StopStringMatcher:
         self._held = ""  # the longest end of the text that begins a stop string
         self._ended = False
 
-    def push(self, text: str) -> tuple[str, str | None]:
+    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
         """Add `text`; returns the text that is now final, and the stop string if one has just been completed.
 
         The final text ends before the match, or behind it with `include_in_output`; what follows it is dropped.
+        With `may_stop=False` stop strings that are completed by `text` are passed over, but one may begin in it.
         """
         assert not self._ended, "pushed text after the end"
         automaton = self._automaton
@@ -34,7 +35,7 @@ class StopStringMatcher:
         for position, character in enumerate(text):
             state = automaton.step(state, character)
             matched = automaton.longest_match[state]
-            if matched is not None:
+            if matched is not None and may_stop:
                 self._ended = True
                 seen = self._held + text[: position + 1]
                 self._held = ""

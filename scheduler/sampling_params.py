@@ -6,15 +6,17 @@ Field names, defaults, limits and messages follow vLLM 0.32, so that code writte
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
 import msgspec
 
-MAX_NUM_SEQUENCES = 16384
+MAX_NUM_SEQUENCES = int(os.environ.get("VLLM_MAX_N_SEQUENCES") or 16384)  # vLLM's name for the same limit
 MAX_BAD_WORDS = 128
 MIN_TEMPERATURE = 1e-2  # a smaller positive temperature is raised to this: logits / T must stay finite
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 1e-6, 1e6  # logits must stay finite in float32
 GREEDY_TEMPERATURE = 1e-5  # below this, sampling is greedy
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -32,6 +34,17 @@ class ValidationError(ValueError):
         if self.parameter is None:
             return self.message
         return f"{self.message} (parameter={self.parameter}, value={_short(self.value)})"
+
+
+def is_text(value: Any) -> bool:
+    """Whether `value` is a string that can be written as UTF-8, which one with lone surrogates cannot."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _short(value: Any, limit: int = 200) -> str:
@@ -104,13 +117,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
 
     @classmethod
     def from_optional(cls, **fields: Any) -> SamplingParams:
-        """Build from fields that may be None (meaning the default); biases are clamped to [-100, 100]."""
-        bias = fields.pop("logit_bias", None)
+        """Build from fields that may be None, meaning the default."""
         known: dict[str, Any] = {
             name: value for name, value in fields.items() if value is not None or name in _NONE_HAS_MEANING
         }
-        if bias is not None:
-            known["logit_bias"] = _parse_logit_bias(bias)
         return cls(**known)
 
     def clone(self, **changes: Any) -> SamplingParams:
@@ -124,6 +134,14 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
     @property
     def stop_strings(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def all_stop_token_ids(self) -> set[int]:
+        return set(self.stop_token_ids or ())
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     @property
     def has_penalties(self) -> bool:
@@ -158,13 +176,27 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
             optional = name in _OPTIONAL_INTS and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValidationError(f"{name} must be an integer, got {_short(value)}.", parameter=name, value=value)
+            if value is not None and not INT64_MIN <= value <= INT64_MAX:
+                raise ValidationError(f"{name} must be a signed 64-bit integer, got {_short(value)}.", parameter=name,
+                                      value=value)  # fmt: skip
+        for name in _BOOL_FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "skip_reading_prefix_cache" and value is None):
+                raise ValidationError(
+                    f"{name} must be true or false, got {_short(value)}.", parameter=name, value=value
+                )
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise ValidationError("output_kind must be a RequestOutputKind", parameter="output_kind",
+                                  value=self.output_kind)  # fmt: skip
         for name in _FLOAT_FIELDS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValidationError(f"{name} must be a number, got {_short(value)}.", parameter=name, value=value)
-            if not math.isfinite(value):
-                raise ValidationError(f"{name} must be finite, got {value}.", parameter=name, value=value)
-        if self.stop is not None and not isinstance(self.stop, str):
+            if not _is_finite(value):
+                raise ValidationError(f"{name} must be finite, got {_short(value)}.", parameter=name, value=value)
+        if isinstance(self.stop, str):
+            _check_list("stop", [self.stop], str)
+        else:
             _check_list("stop", self.stop, str)
         _check_list("stop_token_ids", self.stop_token_ids, int)
         _check_list("bad_words", self.bad_words, str)
@@ -172,7 +204,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise ValidationError("logit_bias must be a dict of token id to bias", parameter="logit_bias")
-            self.logit_bias = _parse_logit_bias(self.logit_bias, clamp=False)
+            self.logit_bias = _parse_logit_bias(self.logit_bias)
 
     def _check_values(self) -> None:
         _require(self.n >= 1, f"n must be at least 1, got {self.n}.", "n", self.n)
@@ -182,15 +214,18 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
             _require(-2 <= value <= 2, f"{name} must be in [-2, 2], got {value}.", name, value)
         value = self.repetition_penalty
         _require(value > 0, f"repetition_penalty must be greater than zero, got {value}.", "repetition_penalty", value)
+        _require(
+            MIN_REPETITION_PENALTY <= value <= MAX_REPETITION_PENALTY,
+            f"repetition_penalty must be in [{MIN_REPETITION_PENALTY}, {MAX_REPETITION_PENALTY}], got {value}.",
+            "repetition_penalty",
+            value,
+        )
         value = self.temperature
         _require(value >= 0, f"temperature must be non-negative, got {value}.", "temperature", value)
         _require(value <= 2, f"temperature must be in [0, 2], got {value}.", "temperature", value)
         _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}.", "top_p", self.top_p)
         _require(self.top_k >= -1, f"top_k must be 0 (disable), or at least 1, got {self.top_k}.", "top_k", self.top_k)
         _require(0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}.", "min_p", self.min_p)
-        if self.seed is not None:
-            in_range = INT64_MIN <= self.seed <= INT64_MAX
-            _require(in_range, f"seed must be a signed 64-bit integer, got {self.seed}.", "seed", self.seed)
         if self.max_tokens is not None:
             _require(
                 self.max_tokens >= 1, f"max_tokens must be at least 1, got {self.max_tokens}.", "max_tokens",
@@ -241,6 +276,10 @@ _INT_FIELDS = (
     "n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens",
 )  # fmt: skip
 _OPTIONAL_INTS = frozenset({"seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"})
+_BOOL_FIELDS = (
+    "include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
+    "skip_reading_prefix_cache",
+)  # fmt: skip
 _FLOAT_FIELDS = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p",
 )  # fmt: skip
@@ -258,22 +297,34 @@ def _check_list(name: str, values: Any, item_type: type) -> None:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise ValidationError(f"{name} must be a list of {kind}, got {_short(values)}.", parameter=name, value=values)
     for value in values:
-        if not isinstance(value, item_type) or isinstance(value, bool):
-            raise ValidationError(f"{name} must contain only {kind}, got {_short(value)}.", parameter=name, value=value)
+        fits = is_text(value) if item_type is str else isinstance(value, int) and not isinstance(value, bool)
+        if not fits:
+            raise ValidationError(
+                f"{name} must contain only valid {kind}, got {_short(value)}.", parameter=name, value=value
+            )
 
 
-def _parse_logit_bias(bias: Mapping[Any, Any], clamp: bool = True) -> dict[int, float]:
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _parse_logit_bias(bias: Mapping[Any, Any]) -> dict[int, float]:
+    """Token ids, which JSON writes as strings, to biases clamped to [-100, 100]."""
     parsed: dict[int, float] = {}
     for token, value in bias.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
         try:
-            token_id, amount = int(token), float(value)
-        except (TypeError, ValueError) as error:
+            token_id = int(token) if isinstance(token, (str, int)) else None
+        except ValueError:
+            token_id = None
+        if token_id is None or not is_number:
             raise ValidationError(
-                f"logit_bias maps token ids to numbers, got {_short(token)}: {_short(value)}",
+                f"logit_bias maps token ids to finite numbers, got {_short(token)}: {_short(value)}",
                 parameter="logit_bias",
                 value=token,
-            ) from error
-        if not math.isfinite(amount):
-            raise ValidationError("logit_bias values must be finite", parameter="logit_bias", value=value)
-        parsed[token_id] = min(100.0, max(-100.0, amount)) if clamp else amount
+            )
+        parsed[token_id] = min(100.0, max(-100.0, float(value)))
     return parsed

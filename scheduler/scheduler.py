@@ -102,8 +102,8 @@ class Scheduler:
         self._num_arrived += 1
         blocks = self.kv.new_blocks(source.cache_salt)
         request = Request(source, order, self.config.max_model_len, blocks, time.monotonic())
-        self.requests[source.request_id] = request
         self.waiting.add(request)
+        self.requests[source.request_id] = request
         return None
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestUpdate]:

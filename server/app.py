@@ -1,11 +1,8 @@
-"""The HTTP application: routes, and what surrounds every request (errors, API keys, request ids)."""
+"""The HTTP application: its routes and what surrounds them."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -15,17 +12,14 @@ from .body import MAX_BODY_BYTES
 from .chat import create_chat_completion
 from .completions import create_completion
 from .context import CONTEXT, ServerContext, ServerSettings, printable
-from .errors import error_response, json_response
+from .errors import json_response
+from .http_metrics import HttpMetrics
+from .middleware import api_key_guard, errors, load_tracker, observer
 from .responses import ModelCard, ModelList
+from .tokenization import detokenize, tokenize
 
 if TYPE_CHECKING:
     from ..engine.async_engine import AsyncEngine
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-Middleware = Callable[[web.Request, Handler], Coroutine[Any, Any, web.StreamResponse]]
-
-_GUARDED_PATHS = ("/v1", "/v2", "/inference", "/cohere")
 
 
 def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
@@ -33,52 +27,41 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
 
     Run it with `handler_cancellation=True`, so that a client that disconnects ends its request.
     """
-    middlewares: list[Any] = [_errors]
+    metrics = HttpMetrics(engine.metrics_registry)
+    unlogged = frozenset(settings.unlogged_paths)
+    middlewares: list[Any] = [observer(metrics, logs=settings.access_log, unlogged_paths=unlogged), errors]
+    if settings.cors.origins:
+        middlewares.append(settings.cors.preflight())
     if settings.api_keys:
-        middlewares.append(_api_key_guard(settings.api_keys))
+        middlewares.append(api_key_guard(settings.api_keys, settings.root_path))
+    if settings.enable_server_load_tracking:
+        middlewares.append(load_tracker)
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     app[CONTEXT] = ServerContext(engine, settings)
-    app.add_routes(
-        [
-            web.get("/health", _health),
-            web.get("/ping", _health),
-            web.post("/ping", _health),
-            web.get("/version", _version),
-            web.get("/v1/models", _list_models),
-            web.get("/v1/models/{model:.+}", _show_model),
-            web.post("/v1/completions", create_completion),
-            web.post("/v1/chat/completions", create_chat_completion),
-        ]
-    )
+    # A proxy may pass the root path on or strip it.
+    for prefix in dict.fromkeys(("", settings.root_path)):
+        app.add_routes(
+            [
+                web.get(f"{prefix}/health", _health),
+                web.get(f"{prefix}/ping", _health),
+                web.post(f"{prefix}/ping", _health),
+                web.get(f"{prefix}/version", _version),
+                web.get(f"{prefix}/load", _load),
+                web.get(f"{prefix}/metrics", metrics.show),
+                web.get(f"{prefix}/metrics/", metrics.show),
+                web.get(f"{prefix}/v1/models", _list_models),
+                web.get(f"{prefix}/v1/models/{{model:.+}}", _show_model),
+                web.post(f"{prefix}/v1/completions", create_completion),
+                web.post(f"{prefix}/v1/chat/completions", create_chat_completion),
+                web.post(f"{prefix}/tokenize", tokenize),
+                web.post(f"{prefix}/detokenize", detokenize),
+            ]
+        )
+    if settings.cors.origins:
+        settings.cors.install(app)
     if settings.enable_request_id_headers:
         app.on_response_prepare.append(_add_request_id)
     return app
-
-
-@web.middleware
-async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every failure leaves in the one error shape."""
-    try:
-        return await handler(request)
-    except Exception as error:
-        return error_response(error)
-
-
-def _api_key_guard(keys: tuple[str, ...]) -> Middleware:
-    digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    @web.middleware
-    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path.startswith(_GUARDED_PATHS) and request.method != "OPTIONS":
-            scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-            digest = hashlib.sha256(key.encode("utf-8", "replace")).digest()
-            # All keys are compared, in constant time: the time taken tells nothing about them.
-            matches = [hmac.compare_digest(digest, known) for known in digests]
-            if scheme.lower() != "bearer" or not any(matches):
-                return json_response({"error": "Unauthorized"}, status=401)
-        return await handler(request)
-
-    return guard
 
 
 async def _add_request_id(request: web.Request, response: web.StreamResponse) -> None:
@@ -97,6 +80,11 @@ async def _health(request: web.Request) -> web.Response:
 
 async def _version(_request: web.Request) -> web.Response:
     return json_response({"version": __version__})
+
+
+async def _load(request: web.Request) -> web.Response:
+    """Requests in progress; always 0 without --enable-server-load-tracking."""
+    return json_response({"server_load": request.app[CONTEXT].load})
 
 
 async def _list_models(request: web.Request) -> web.Response:

@@ -43,6 +43,13 @@ class CommandParser(argparse.ArgumentParser):
             self.error(f"too many arguments; quote text that holds spaces: {unknown[0]}")
         return arguments
 
+    def find_flag(self, flag: str) -> argparse.Action:
+        """The long flag `flag`; one that is unknown is a usage error."""
+        action = self._option_string_actions.get(flag)
+        if action is None:
+            self.error(self._unknown_flag(flag))
+        return action
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 

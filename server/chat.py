@@ -39,7 +39,9 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     context.check_model(body.model)
     await context.engine.wait_ready()
     params = chat_params(body, context.engine.default_sampling_params)
-    chat = _ChatCompletion(context, body, params, context.response_id("chatcmpl", request, body))
+    response_id = context.response_id("chatcmpl", request, body)
+    chat = _ChatCompletion(context, body, params, response_id, context.priority(request, body))
+    context.log_request(response_id, params)
     if body.stream:
         return await send_events(request, chat.chunks())
     return json_response(await chat.response())
@@ -54,11 +56,13 @@ class _ChatCompletion:
         body: ChatCompletionRequest,
         params: SamplingParams,
         response_id: str,
+        priority: int,
     ) -> None:
         self.context = context
         self.body = body
         self.params = params
         self.id = response_id
+        self.priority = priority
         self.created = int(time.time())
         self.prompt_text = ""  # known once rendered
         self.format = LogprobFormat(body.top_logprobs or 0, context.tokens_as_ids(body), context.engine.tokenizer)
@@ -86,7 +90,7 @@ class _ChatCompletion:
             prompt: Any = await self.context.encode_prompt(
                 body, self.prompt_text, add_special_tokens=bool(body.add_special_tokens)
             )
-        stream = engine.generate(prompt, self.params, self.id, priority=body.priority or 0)
+        stream = engine.generate(prompt, self.params, self.id, priority=self.priority)
         async with aclosing(merge_outputs([stream])) as merged:
             async for _, output in merged:
                 yield output
@@ -113,6 +117,7 @@ class _ChatCompletion:
             self.context.model_name,
             [self._choice(completion) for completion in final.outputs],
             self._usage(final, sum(len(completion.token_ids) for completion in final.outputs)),
+            system_fingerprint=self.context.settings.fingerprint,
             prompt_logprobs=prompt_logprobs(final.prompt_logprobs),
             prompt_token_ids=final.prompt_token_ids if wants_ids else None,
             prompt_text=self.prompt_text if self.body.return_prompt_text else None,
@@ -140,6 +145,7 @@ class _ChatCompletion:
         """The answer in pieces: the role of every choice, what they say, and at last the usage if asked for."""
         include_usage, always_usage = self.context.stream_usage(self.body)
         num_tokens = [0] * self.params.n
+        num_running = self.params.n
         last: RequestOutput | None = None
         async with aclosing(self.outputs()) as outputs:
             async for output in outputs:
@@ -151,13 +157,17 @@ class _ChatCompletion:
                 last = output
                 for completion in output.outputs:
                     num_tokens[completion.index] += len(completion.token_ids)
+                    num_running -= completion.finish_reason is not None
                     chunk = self._chunk([self._chunk_choice(completion)])
+                    if not num_running and not include_usage:
+                        self.context.sign(chunk)
                     if always_usage:
                         chunk.usage = self._usage(output, num_tokens[completion.index])
                     yield chunk
         if include_usage and last is not None:
             chunk = self._chunk([])
             chunk.usage = self._usage(last, sum(num_tokens))
+            self.context.sign(chunk)
             yield chunk
 
     def _first_chunks(self, output: RequestOutput) -> list[ChatChunk]:

@@ -1,18 +1,19 @@
-"""The command line: `omni-engine serve | generate | chat`."""
+"""The command line: `omni-engine serve | generate | chat | bench`."""
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..engine.logs import logs_json, set_up_logging
 
 _COMMANDS = {
     "serve": "serve a model over HTTP with the OpenAI API",
     "generate": "complete a prompt on the terminal",
     "chat": "talk to a model on the terminal",
+    "bench": "measure an engine or a running server",
 }
 
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in _COMMANDS:
         print(f"omni-engine: error: unknown command, choose from {', '.join(_COMMANDS)}: {words[0]}", file=sys.stderr)
         return 2
-    _set_up_logging()
+    set_up_logging()
     try:
         return _run(words[0], words[1:])
     except KeyboardInterrupt:
@@ -36,16 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             raise
-        print(f"omni-engine {words[0]}: error: {_one_line(error)}", file=sys.stderr)
+        if logs_json():
+            logging.getLogger(__name__).error(_one_line(error))
+        else:
+            print(f"omni-engine {words[0]}: error: {_one_line(error)}", file=sys.stderr)
         return 1
 
 
 def _run(command: str, words: list[str]) -> int:
     if command == "serve":
-        from .serve import run_serve, serve_parser
+        from .serve import run_serve
 
-        parser = serve_parser()
-        return run_serve(parser, parser.parse(words))
+        return run_serve(words)
+    if command == "bench":
+        from .bench.commands import run_bench
+
+        return run_bench(words)
     from .terminal import chat_parser, generate_parser, run_chat, run_generate
 
     parser = generate_parser() if command == "generate" else chat_parser()
@@ -64,14 +71,6 @@ def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     expected = isinstance(error, (ValueError, OSError, RuntimeError)) and text
     return text if expected else f"{type(error).__name__}: {text} (OMNI_ENGINE_LOG_LEVEL=DEBUG shows where)"
-
-
-def _set_up_logging() -> None:
-    level = os.environ.get("OMNI_ENGINE_LOG_LEVEL") or os.environ.get("VLLM_LOGGING_LEVEL") or "INFO"
-    names = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-    logging.basicConfig(
-        level=level.upper() if level.upper() in names else "INFO", format="%(levelname)s %(name)s: %(message)s"
-    )
 
 
 if __name__ == "__main__":

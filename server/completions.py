@@ -36,7 +36,9 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     context.check_model(body.model)
     await context.engine.wait_ready()
     params = completion_params(body, context.engine.default_sampling_params)
-    completion = _Completion(context, body, prompts, params, context.response_id("cmpl", request, body))
+    response_id = context.response_id("cmpl", request, body)
+    completion = _Completion(context, body, prompts, params, response_id, context.priority(request, body))
+    context.log_request(response_id, params)
     if body.stream:
         return await send_events(request, completion.chunks())
     return json_response(await completion.response())
@@ -61,12 +63,14 @@ class _Completion:
         prompts: list[str | list[int]],
         params: SamplingParams,
         response_id: str,
+        priority: int,
     ) -> None:
         self.context = context
         self.body = body
         self.prompts = prompts
         self.params = params
         self.id = response_id
+        self.priority = priority
         self.created = int(time.time())
         self.echoes_only = echoes_only(body)
         self.format = LogprobFormat(body.logprobs or 0, context.tokens_as_ids(body), context.engine.tokenizer)
@@ -80,7 +84,7 @@ class _Completion:
                 for prompt in self.prompts
             ]
         streams = [
-            engine.generate(prompt, self.params, f"{self.id}-{place}", priority=body.priority or 0)  # type: ignore[arg-type]
+            engine.generate(prompt, self.params, f"{self.id}-{place}", priority=self.priority)  # type: ignore[arg-type]
             for place, prompt in enumerate(prompts)
         ]
         async with aclosing(merge_outputs(streams)) as merged:
@@ -98,7 +102,10 @@ class _Completion:
         ]
         num_tokens = sum(len(completion.token_ids) for output in finals.values() for completion in output.outputs)
         usage = self.context.usage(list(finals.values()), 0 if self.echoes_only else num_tokens)
-        return CompletionResponse(self.id, self.created, self.context.model_name, choices, usage)
+        fingerprint = self.context.settings.fingerprint
+        return CompletionResponse(
+            self.id, self.created, self.context.model_name, choices, usage, system_fingerprint=fingerprint
+        )
 
     def _choice(self, place: int, output: RequestOutput, completion: CompletionOutput) -> CompletionChoice:
         text, logprobs = self._content(place, output, completion, echo=bool(self.body.echo), offset=0)
@@ -140,19 +147,24 @@ class _Completion:
         """The answer in pieces, one choice in each, and at last its usage if that is asked for."""
         include_usage, always_usage = self.context.stream_usage(self.body)
         choices = [_Choice() for _ in range(len(self.prompts) * self.params.n)]
+        num_running = len(choices)
         prompts: dict[int, RequestOutput] = {}  # the first output of each
         async with aclosing(self.outputs()) as outputs:
             async for place, output in outputs:
                 prompts.setdefault(place, output)
                 for completion in output.outputs:
                     state = choices[place * self.params.n + completion.index]
+                    num_running -= completion.finish_reason is not None
                     chunk = self._chunk(place, prompts[place], completion, state)
+                    if not num_running and not include_usage:
+                        self.context.sign(chunk)
                     if always_usage:
                         chunk.usage = self.context.usage([output], state.num_tokens)
                     yield chunk
         if include_usage:
             chunk = CompletionChunk(self.id, self.created, self.context.model_name, [])
             chunk.usage = self.context.usage(list(prompts.values()), sum(state.num_tokens for state in choices))
+            self.context.sign(chunk)
             yield chunk
 
     def _chunk(self, place: int, first: RequestOutput, completion: CompletionOutput, state: _Choice) -> CompletionChunk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -11,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from ..engine.outputs import RequestOutput
-from .errors import RequestError
+from ..scheduler.sampling_params import SamplingParams
+from .cors import CorsPolicy
+from .environment import read_flag
+from .errors import RequestError, invalid_value
 from .protocol import GenerationRequest
-from .responses import PromptTokensDetails, Usage
+from .responses import ChatChunk, CompletionChunk, PromptTokensDetails, Usage
 
 if TYPE_CHECKING:
     from ..engine.async_engine import AsyncEngine
+
+logger = logging.getLogger(__name__)
+PRIORITY_HEADER = "X-Vllm-Priority"
+SKIP_MODEL_NAME_VALIDATION = read_flag("VLLM_SKIP_MODEL_NAME_VALIDATION")
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,13 @@ class ServerSettings:
     enable_prompt_tokens_details: bool = False
     enable_force_include_usage: bool = False
     enable_request_id_headers: bool = False
+    enable_server_load_tracking: bool = False
+    enable_log_requests: bool = False
+    access_log: bool = True
+    unlogged_paths: tuple[str, ...] = ()  # left out of the access log
+    root_path: str = ""  # where a proxy shows this server, without a slash at the end
+    fingerprint: str | None = None  # system_fingerprint of responses
+    cors: CorsPolicy = field(default_factory=CorsPolicy)
 
 
 class ServerContext:
@@ -44,6 +59,7 @@ class ServerContext:
         self.settings = settings
         self.model_names = settings.served_model_names or (settings.model,)
         self.created = int(time.time())
+        self.load = 0  # requests in progress, if they are tracked
 
     @property
     def model_name(self) -> str:
@@ -52,7 +68,7 @@ class ServerContext:
 
     def check_model(self, name: str | None) -> None:
         """Raises 404 for a model that is not served; none given means the one that is."""
-        if name and name not in self.model_names:
+        if name and name not in self.model_names and not SKIP_MODEL_NAME_VALIDATION:
             aliases = ", ".join(self.model_names)
             raise RequestError(
                 f"The model `{name}` does not exist. Valid aliases: {aliases}.",
@@ -65,6 +81,29 @@ class ServerContext:
         """The client's own id if it sent one, behind the API's prefix."""
         own = request.headers.get("X-Request-Id") or body.request_id or uuid.uuid4().hex
         return f"{prefix}-{printable(own)}"
+
+    def priority(self, request: web.Request, body: GenerationRequest) -> int:
+        """The header goes before the body: it is set by whoever stands between the client and this server."""
+        text = request.headers.get(PRIORITY_HEADER)
+        if text is None:
+            return body.priority or 0
+        try:
+            priority = int(text)
+        except ValueError as error:
+            message = f"the header {PRIORITY_HEADER} must be an integer: {printable(text)}"
+            raise invalid_value(message, "priority") from error
+        if not -(2**63) <= priority < 2**63:
+            raise invalid_value(f"the header {PRIORITY_HEADER} must fit 64 bits: {priority}", "priority")
+        return priority
+
+    def log_request(self, response_id: str, params: SamplingParams) -> None:
+        if self.settings.enable_log_requests:
+            logger.info("Received request %s: params: %s", response_id, params)
+
+    def sign(self, chunk: CompletionChunk | ChatChunk) -> None:
+        """The last chunk of a stream tells the fingerprint."""
+        if self.settings.fingerprint is not None:
+            chunk.system_fingerprint = self.settings.fingerprint
 
     def stream_usage(self, body: GenerationRequest) -> tuple[bool, bool]:
         """Whether a stream ends with a usage chunk, and whether every chunk has usage."""

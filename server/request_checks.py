@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..scheduler.sampling_params import MAX_NUM_SEQUENCES, RequestOutputKind, SamplingParams
 from .body import value_error
+from .environment import read_count
 from .errors import RequestError, not_supported
-from .protocol import MAX_CACHE_SALT_CHARACTERS, ChatCompletionRequest, CompletionRequest, GenerationRequest
+from .protocol import (
+    MAX_CACHE_SALT_CHARACTERS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    TokenizeRequest,
+)
 
 # vLLM's names, so that a deployment's settings carry over.
-MAX_STOP_STRINGS = int(os.environ.get("VLLM_MAX_STOP_STRINGS", "4"))
-MAX_PROMPTS = int(os.environ.get("VLLM_MAX_COMPLETION_PROMPTS", "1024"))
+MAX_STOP_STRINGS = read_count("VLLM_MAX_STOP_STRINGS", 4)
+MAX_PROMPTS = read_count("VLLM_MAX_COMPLETION_PROMPTS", 1024)
 
 _SALT_FORBIDDEN = frozenset("@/\\\0")
 
@@ -100,23 +106,33 @@ def _split_prompts(prompt: str | list[Any] | None) -> list[str | list[int]]:
 def check_chat(request: ChatCompletionRequest, *, trust_chat_template: bool) -> None:
     """Rules of chat completions."""
     check_request(request)
-    if not request.messages:
-        raise value_error("`messages` must not be empty.", "messages")
-    for place, message in enumerate(request.messages):
-        if not isinstance(message.get("role"), str):
-            raise value_error("every message must have a role, a string.", f"body.messages.{place}.role")
-        if not isinstance(message.get("content"), (str, list, type(None))):
-            raise value_error("content must be a string or a list of parts.", f"body.messages.{place}.content")
+    check_messages(request.messages)
     if request.top_logprobs:
         if request.top_logprobs < -1:
             raise value_error("`top_logprobs` must be a non-negative value or -1.", "top_logprobs")
         if not request.logprobs:
             raise value_error("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
+    _check_tools(request)
+    check_template_options(request, trust_chat_template=trust_chat_template)
+
+
+def check_messages(messages: list[dict[str, Any]]) -> None:
+    """Rules of every message; raises `RequestError` (400)."""
+    if not messages:
+        raise value_error("`messages` must not be empty.", "messages")
+    for place, message in enumerate(messages):
+        if not isinstance(message.get("role"), str):
+            raise value_error("every message must have a role, a string.", f"body.messages.{place}.role")
+        if not isinstance(message.get("content"), (str, list, type(None))):
+            raise value_error("content must be a string or a list of parts.", f"body.messages.{place}.content")
+
+
+def check_template_options(request: ChatCompletionRequest | TokenizeRequest, *, trust_chat_template: bool) -> None:
+    """Rules of how a conversation is to be written out; raises `RequestError` (400)."""
     if request.continue_final_message and request.add_generation_prompt is not False:
         raise value_error(
             "Cannot set both `continue_final_message` and `add_generation_prompt` to True.", "continue_final_message"
         )
-    _check_tools(request)
     template_given = request.chat_template is not None or "chat_template" in (request.chat_template_kwargs or {})
     if template_given and not trust_chat_template:
         raise RequestError(

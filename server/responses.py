@@ -56,7 +56,7 @@ class CompletionResponse(msgspec.Struct):
     usage: Usage
     object: str = "text_completion"
     service_tier: None = None
-    system_fingerprint: None = None
+    system_fingerprint: str | None = None
     kv_transfer_params: None = None
     ec_transfer_params: None = None
     metrics: None = None
@@ -79,6 +79,7 @@ class CompletionChunk(msgspec.Struct):
     choices: list[CompletionChunkChoice]
     object: str = "text_completion"
     usage: Usage | UnsetType = UNSET
+    system_fingerprint: str | UnsetType = UNSET
 
 
 class TokenLogprob(msgspec.Struct):
@@ -126,7 +127,7 @@ class ChatCompletionResponse(msgspec.Struct):
     usage: Usage
     object: str = "chat.completion"
     service_tier: None = None
-    system_fingerprint: None = None
+    system_fingerprint: str | None = None
     prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
     prompt_text: str | None = None
@@ -156,6 +157,18 @@ class ChatChunk(msgspec.Struct):
     object: str = "chat.completion.chunk"
     prompt_token_ids: list[int] | UnsetType = UNSET
     usage: Usage | UnsetType = UNSET
+    system_fingerprint: str | UnsetType = UNSET
+
+
+class TokenizeResponse(msgspec.Struct):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(msgspec.Struct):
+    prompt: str
 
 
 class ModelCard(msgspec.Struct):

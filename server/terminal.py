@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..scheduler.sampling_params import RequestOutputKind, SamplingParams
 from .arguments import CommandParser, add_engine_arguments, add_sampling_arguments, engine_args, sampling_fields
-from .serve import read_chat_template, take_model_argument
+from .serve_arguments import read_chat_template, take_model_argument
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine

@@ -127,6 +127,23 @@ def test_a_stream_adds_up_to_the_whole_answer(server):
     assert len(events) > 5
 
 
+def test_echo_with_logprobs_tells_the_prompt_for_each_of_n(server):
+    status, body = server.post("/v1/completions", complete(n=2, temperature=1, echo=True, logprobs=2, max_tokens=3))
+    assert status == 200
+    for choice in body["choices"]:
+        logprobs = choice["logprobs"]
+        assert len(logprobs["tokens"]) == body["usage"]["prompt_tokens"] + 3
+        assert logprobs["token_logprobs"][0] is None
+        assert all(value <= 0 for value in logprobs["token_logprobs"][1:])
+
+
+def test_extreme_parameters_do_not_reach_other_requests(server):
+    for fields in ({"repetition_penalty": 1e39}, {"top_k": 2**70}, {"logit_bias": {"3": 1e300}}, {"priority": 2**80}):
+        status, _ = server.post("/v1/completions", complete(**fields))
+        assert status in (200, 400), fields
+        assert server.post("/v1/completions", complete(max_tokens=1))[0] == 200
+
+
 def test_chat_answers_whole_and_streamed(server):
     body = {"messages": [{"role": "user", "content": "Where?"}], "max_tokens": 10, "temperature": 0, "n": 1}
     _, whole = server.post("/v1/chat/completions", body)

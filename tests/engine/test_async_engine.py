@@ -150,6 +150,53 @@ def test_bad_input_raises_before_the_core_hears_of_it(engine, run):
         run(collect(engine.generate("word " * 3000, greedy(), "long")))
 
 
+def test_chat_messages_are_a_prompt(engine, run):
+    messages = [{"role": "user", "content": "Where are the boats?"}]
+    output = run(collect(engine.generate(messages, greedy(), "chat")))[-1]
+    assert output.prompt == "<|im_start|>user\nWhere are the boats?<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(ValidationError, match="role"):
+        run(collect(engine.generate({"messages": [{"content": "x"}]}, greedy(), "bad")))
+
+
+@pytest.mark.parametrize(
+    "request_fields", [{"priority": 2**80}, {"priority": None}, {"prompt": {"prompt": "a", "cache_salt": "\ud800"}}]
+)
+def test_what_cannot_be_sent_to_the_core_is_refused(engine, run, request_fields):
+    fields = {"prompt": "The harbour", "priority": 0, **request_fields}
+    prompt = fields.pop("prompt")
+    with pytest.raises(ValidationError):
+        run(collect(engine.generate(prompt, greedy(), "bad", **fields)))
+
+
+def test_the_core_refuses_a_request_it_cannot_read_and_goes_on(engine, run):
+    """The front checks everything; should it ever miss something, that must cost one request and no more."""
+
+    async def unreadable():
+        request = await engine._process("bad", PROMPT, greedy(), 0)
+        request.core_requests[0].params.top_p = 7.0  # set behind the validation's back
+        stream = engine._submit(request)
+        try:
+            return await asyncio.wait_for(stream.get(), 10)
+        finally:
+            engine._forget(request.key)
+
+    error = run(unreadable())
+    assert isinstance(error, ValueError)
+    assert "top_p" in str(error)
+    assert len(run(collect(engine.generate(PROMPT, greedy(), "good")))[-1].outputs[0].token_ids) == 20
+
+
+def test_starting_twice_starts_one_core(path, run):
+    async def start():
+        engine = AsyncEngine.from_engine_args(arguments(path), start=True)
+        await asyncio.gather(engine.start(), engine.start(), engine.wait_ready())
+        outputs = await collect(engine.generate(PROMPT, greedy(), "r"))
+        await engine.shutdown()
+        return outputs
+
+    assert run(start())[-1].finished
+
+
 def test_a_long_text_is_tokenized_like_a_short_one(engine, run):
     text = " ".join(["harbour"] * 800)  # over the length that is tokenized in a thread
     params = greedy(truncate_prompt_tokens=30)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from omni_engine import LLM, Engine, RequestOutputKind, SamplingParams, ValidationError
+from omni_engine.engine.errors import RequestRejectedError
 
 
 @pytest.fixture(scope="module")
@@ -343,8 +344,141 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(path):
         ({"max_model_len": 0}, "max_model_len"),
         ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, "max_num_batched_tokens"),
         ({"device": "tpu"}, "device"),
+        ({"max_model_len": 1.5}, "max_model_len must be an integer or text"),
+        ({"hf_overrides": "x"}, "hf_overrides must be a mapping"),
+        ({"seed": "x"}, "seed must be an integer"),
+        ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be true or false"),
+        ({"kv_cache_memory_bytes": 10**18}, "kv_cache_memory_bytes is more than"),
+        ({"override_generation_config": {"temperature": 5}}, "temperature"),
+        ({"override_generation_config": {"heat": 1}}, "heat"),
     ],
 )
 def test_wrong_engine_arguments_are_named(path, fields, message):
     with pytest.raises(ValueError, match=message):
         Engine(str(path), **{"dtype": "float32", **fields})
+
+
+def test_chat_messages_are_a_prompt(engine):
+    messages = [{"role": "user", "content": "Where are the boats?"}]
+    forms = [messages, {"messages": messages}, {"messages": messages, "add_generation_prompt": True}]
+    outputs = [engine.generate(form, greedy())[0] for form in forms]
+    text = "<|im_start|>user\nWhere are the boats?<|im_end|>\n<|im_start|>assistant\n"
+    assert {output.prompt for output in outputs} == {text}
+    assert outputs[0].prompt_token_ids == engine.tokenizer.encode(text, add_special_tokens=False)
+    assert len(engine.generate([messages, "The harbour", {"messages": messages}], greedy())) == 3
+    with pytest.raises(ValidationError, match="colour"):
+        engine.generate({"messages": messages, "colour": "red"}, greedy())
+    with pytest.raises(ValidationError, match="must not be empty"):
+        engine.generate({"messages": []}, greedy())
+
+
+def test_streams_and_generate_may_be_nested(engine):
+    prompts = ["The harbour", "The boats", "Three plus four"]
+    alone = [one(engine, greedy(), prompt).token_ids for prompt in prompts]
+    engine.add_request("7", prompts[2], greedy())
+    seen = []
+    for output in engine.stream(prompts[0], greedy()):
+        inner = engine.generate([prompts[1]], greedy())
+        assert [o.outputs[0].token_ids for o in inner] == [alone[1]]
+        seen.append(output)
+    assert seen[-1].outputs[0].token_ids == alone[0]
+    stepped = []
+    while engine.has_unfinished_requests():
+        stepped += engine.step()
+    assert {output.request_id for output in stepped} == {"7"}
+    assert stepped[-1].outputs[0].token_ids == alone[2]
+
+
+def test_streams_side_by_side_get_their_own_outputs(engine):
+    params = greedy(output_kind=RequestOutputKind.DELTA)
+    pairs = list(zip(engine.stream("The harbour", params), engine.stream([9, 9], params), strict=True))
+    for index, prompt in ((0, "The harbour"), (1, [9, 9])):
+        tokens = [token for pair in pairs for token in pair[index].outputs[0].token_ids]
+        assert tokens == one(engine, greedy(), prompt).token_ids
+
+
+def test_a_refused_request_costs_the_others_nothing(path):
+    engine = Engine(str(path), dtype="float32", max_model_len=128, max_num_queued_reqs=1)
+    engine.add_request("a", "The harbour", greedy(max_tokens=1))
+    with pytest.raises(RequestRejectedError, match="too many requests"):
+        engine.add_request("b", "The boats", SamplingParams(n=2, max_tokens=1))
+    outputs = engine.step()
+    assert [(o.request_id, o.finished) for o in outputs] == [("a", True)]
+    assert not engine.has_unfinished_requests()
+    engine.check_integrity()
+
+
+def test_a_stop_string_may_begin_within_min_tokens(engine):
+    free = one(engine, greedy(max_tokens=30))
+    texts = [engine.tokenizer.token_string(token) for token in free.token_ids]
+    cut = next(i for i in range(5, 25) if texts[i] and texts[i + 1] and "\ufffd" not in texts[i] + texts[i + 1])
+    stop = texts[cut] + texts[cut + 1]
+    stopped = one(engine, greedy(max_tokens=30, stop=[stop], min_tokens=cut + 1))
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+    assert len(stopped.token_ids) == cut + 2
+    assert one(engine, greedy(max_tokens=30, stop=[stop], min_tokens=cut + 2)).finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"repetition_penalty": 1e39},
+        {"repetition_penalty": 1e-46},
+        {"top_k": 2**63},
+        {"presence_penalty": 10**400},
+        {"ignore_eos": None},
+        {"skip_special_tokens": 1},
+        {"output_kind": "DELTA"},
+        {"stop": ["\ud800"]},
+        {"logit_bias": {1.7: 2}},
+    ],
+)
+def test_parameters_that_no_step_could_survive_are_refused(fields):
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        SamplingParams(**fields)
+
+
+def test_extreme_parameters_do_not_fail_a_step(engine):
+    extremes = [
+        {"repetition_penalty": 1e6}, {"repetition_penalty": 1e-6}, {"top_k": 2**62}, {"top_p": 1e-300},
+        {"min_p": 1.0}, {"logit_bias": {3: 1e30}}, {"presence_penalty": -2, "frequency_penalty": 2}, {"seed": -(2**63)},
+        {"seed": 2**63 - 1, "n": 3},
+    ]  # fmt: skip
+    for fields in extremes:
+        output = engine.generate("The harbour", SamplingParams(max_tokens=4, ignore_eos=True, logprobs=1, **fields))[0]
+        assert all(len(completion.token_ids) == 4 for completion in output.outputs), fields
+
+
+@pytest.mark.parametrize("prompts", [None, 5, b"abc", {1, 2}])
+def test_what_is_no_prompt_is_refused(engine, prompts):
+    with pytest.raises(ValidationError, match="prompts"):
+        engine.generate(prompts, greedy())
+
+
+@pytest.mark.parametrize("params", [{"n": 1}, "x", [None]])
+def test_what_are_no_sampling_params_is_refused(engine, params):
+    with pytest.raises(ValidationError, match="sampling_params"):
+        engine.generate(["a"], params)
+
+
+@pytest.mark.parametrize("priority", [None, "x", 2**80])
+def test_priority_must_be_an_integer(engine, priority):
+    with pytest.raises(ValidationError, match="priority"):
+        engine.add_request("p", "The harbour", greedy(), priority=priority)
+
+
+def test_end_ids_outside_the_vocabulary_are_ignored(path, tmp_path):
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 99999]}')
+    engine = Engine(str(tmp_path), dtype="float32", max_model_len=64)
+    params = SamplingParams(temperature=0, max_tokens=5, min_tokens=3)
+    assert len(one(engine, params).token_ids) == 5
+
+
+def test_neutral_arguments_of_vllm_are_taken_and_others_named(path):
+    llm = LLM(model=str(path), dtype="float32", runner="generate", kv_cache_dtype="auto", enable_lora=False)
+    llm.generate("The harbour", greedy(), use_tqdm=False, lora_request=None)
+    for name, value in (("kv_cache_dtype", "fp8"), ("runner", "pooling"), ("no_such_argument", 1)):
+        with pytest.raises(TypeError, match=name):
+            LLM(model=str(path), **{name: value})

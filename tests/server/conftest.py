@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiohttp import ClientSession, web
+from prometheus_client import CollectorRegistry
 
 from omni_engine.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from omni_engine.scheduler.sampling_params import RequestOutputKind, SamplingParams, ValidationError
@@ -19,6 +21,14 @@ MODEL = "tiny/model"
 
 class FakeTokenizer:
     """One token per character; a "^" (token 1) is the special token put before a text."""
+
+    max_token_id = 0x10FFFF
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [1] * add_special_tokens + [ord(char) for char in text]
+
+    def id_to_token(self, token_id: int) -> str:
+        return self.token_string(token_id)
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return "".join("^" if i == 1 else chr(i) for i in ids if not (skip_special_tokens and i == 1))
@@ -39,6 +49,8 @@ class FakeEngine:
         self.errored = False
         self.dead_error: BaseException | None = None
         self.max_model_len = 64
+        self.model_config = SimpleNamespace(vocab_size=300)
+        self.metrics_registry = CollectorRegistry()
         self.tokenizer = FakeTokenizer()
         self.default_sampling_params: dict[str, Any] = {}
         self.ready = asyncio.Event()
@@ -55,7 +67,7 @@ class FakeEngine:
             await self.ready.wait()
 
     async def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [1] * add_special_tokens + [ord(char) for char in text]
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     async def render_chat(self, messages: Any, **options: Any) -> str:
         self.rendered.append((messages, options))
@@ -198,3 +210,8 @@ def serve() -> Callable[..., None]:
         asyncio.run(main())
 
     return run
+
+
+@pytest.fixture
+def fake_engine() -> FakeEngine:
+    return FakeEngine()

@@ -14,7 +14,7 @@ from omni_engine.engine.config import EngineArgs
 from omni_engine.server import terminal
 from omni_engine.server.arguments import engine_args, parse_size, parse_size_or_word, sampling_fields
 from omni_engine.server.cli import main
-from omni_engine.server.serve import read_chat_template, serve_parser, take_model_argument
+from omni_engine.server.serve_arguments import read_chat_template, serve_parser, take_model_argument
 
 
 def parse_serve(*words):

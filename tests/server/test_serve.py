@@ -8,6 +8,7 @@ import signal
 
 import pytest
 from aiohttp import ClientSession, ClientTimeout
+from prometheus_client import CollectorRegistry
 
 from omni_engine.engine.config import EngineArgs
 from omni_engine.engine.errors import EngineDeadError
@@ -24,6 +25,7 @@ class SlowEngine:
     dead_error: BaseException | None = None
     max_model_len = 64
     tokenizer = None
+    served_model_name = "m"
 
     def __init__(self) -> None:
         self.loaded = asyncio.Event()
@@ -31,6 +33,7 @@ class SlowEngine:
         self.finish = asyncio.Event()
         self.load_error: Exception | None = None
         self.default_sampling_params = {}
+        self.metrics_registry = CollectorRegistry()
         self.running = 0
         self.shutdowns: list[float] = []
 

@@ -1,0 +1,1 @@
+"""`omni-engine bench`: how fast an engine or a server is, with vLLM's flags, printed labels and JSON keys."""

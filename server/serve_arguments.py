@@ -1,0 +1,196 @@
+"""The flags of `omni-engine serve`, and the settings that they come to."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..engine.config import EngineArgs
+from ..engine.logs import FORMATS, LEVELS
+from .arguments import CommandParser, add_engine_arguments, parse_json_object, parse_size
+from .context import ServerSettings
+from .cors import CorsPolicy
+from .listener import HeaderLimits, TlsFiles
+
+FINGERPRINT_MODES = ("full", "hash", "none")
+
+
+def serve_parser() -> CommandParser:
+    parser = CommandParser("serve", "MODEL", "Serve a model over HTTP with the OpenAI API.")
+    parser.add_argument("model_argument", metavar="MODEL", nargs="?", help="checkpoint directory or model id")
+    parser.add_argument("--config", help="YAML file of flags and their values; the command line goes before it")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print all flags with their values as YAML, and end"
+    )
+    _add_listening(parser.add_argument_group("listening"))
+    _add_api(parser.add_argument_group("API"))
+    _add_logging(parser.add_argument_group("logging"))
+    add_engine_arguments(parser)
+    return parser
+
+
+def _add_listening(group: Any) -> None:
+    add = group.add_argument
+    add("--host", help="address to listen on (default: all interfaces)")
+    add("--port", type=int, default=8000, help="port to listen on; 0: any free one (default: 8000)")
+    add("--uds", help="unix socket to listen on, instead of host and port")
+    add("--root-path", default="", help="path under which a proxy shows this server")
+    add("--ssl-certfile", help="certificate file; with it the server speaks HTTPS")
+    add("--ssl-keyfile", help="key of the certificate, if it is in a file of its own")
+    add("--ssl-ca-certs", help="certificates of those who sign the clients' certificates")
+    add("--ssl-cert-reqs", type=int, choices=(0, 1, 2), default=0,
+        help="clients need 0: no certificate, 1: if any then a valid one, 2: a valid one (default: 0)")  # fmt: skip
+    add("--ssl-ciphers", help="ciphers in OpenSSL's format")
+    limits = HeaderLimits()
+    add("--h11-max-incomplete-event-size", type=parse_size, default=limits.field_bytes, metavar="BYTES",
+        help=f"largest request line or header (default: {limits.field_bytes})")  # fmt: skip
+    add("--h11-max-header-count", type=parse_size, default=limits.num_fields, metavar="COUNT",
+        help=f"most headers of a request (default: {limits.num_fields})")  # fmt: skip
+    add("--shutdown-timeout", type=float, default=0.0,
+        help="seconds that running requests may take to end after SIGTERM (default: 0, they are aborted)")  # fmt: skip
+
+
+def _add_api(group: Any) -> None:
+    def add_switch(flag: str, text: str) -> None:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=text)
+
+    add = group.add_argument
+    add("--served-model-name", nargs="+", default=[], help="names of the model in the API; the first is reported")
+    add("--api-key", nargs="+", default=[], help="keys of which clients must send one (or set VLLM_API_KEY)")
+    add("--allowed-origins", type=parse_texts, default=[], help="JSON list of origins whose pages may call the server")
+    add("--allowed-methods", type=parse_texts, default=["*"], help='JSON list of methods for them (default: ["*"])')
+    add("--allowed-headers", type=parse_texts, default=["*"], help='JSON list of headers for them (default: ["*"])')
+    add_switch("--allow-credentials", "let them send cookies and authorization")
+    add("--chat-template", help="Jinja file, or the template itself, if not the model's own")
+    add("--response-role", default="assistant", help="role of the answers of chat completions (default: assistant)")
+    add_switch("--trust-request-chat-template", "let requests bring a chat template of their own")
+    add("--default-chat-template-kwargs", type=parse_json_object, default={},
+        help="JSON of variables for the chat template, where a request sets none")  # fmt: skip
+    add_switch("--return-tokens-as-token-ids", 'show the tokens of logprobs as "token_id:N"')
+    add_switch("--enable-prompt-tokens-details", "report cached prompt tokens in usage")
+    add_switch("--enable-force-include-usage", "send usage in every stream, in every chunk")
+    add_switch("--enable-request-id-headers", "send X-Request-Id with every response")
+    add_switch("--enable-server-load-tracking", "count the requests in progress, for /load")
+    add("--fingerprint-mode", choices=FINGERPRINT_MODES, default="full",
+        help="system_fingerprint of responses: version and hash of the settings, hash, none (default: full)")  # fmt: skip
+
+
+def _add_logging(group: Any) -> None:
+    def add_switch(flag: str, text: str) -> None:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=text)
+
+    add = group.add_argument
+    levels = tuple(level.lower() for level in LEVELS)
+    add("--log-level", type=str.lower, choices=levels, help="least level that is logged (default: info)")
+    add("--log-format", choices=FORMATS, help="lines for people or JSON objects (default: text)")
+    add_switch("--enable-log-requests", "log the parameters of every request")
+    add_switch("--disable-uvicorn-access-log", "log no line per request")
+    add("--disable-access-log-for-endpoints", type=parse_paths, default=[], metavar="PATHS",
+        help="paths without a line per request, with commas between them")  # fmt: skip
+
+
+def parse_texts(text: str) -> list[str]:
+    """A JSON list of strings."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from error
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise argparse.ArgumentTypeError(f"not a JSON list of strings: {text}")
+    return value
+
+
+def parse_paths(text: str) -> list[str]:
+    """Paths with commas between them; a JSON list does too."""
+    if text.startswith("["):
+        return parse_texts(text)
+    return [path.strip() for path in text.split(",") if path.strip()]
+
+
+def server_settings(arguments: argparse.Namespace, args: EngineArgs) -> ServerSettings:
+    """What the HTTP side is told; raises ValueError if the chat template cannot be read."""
+    root_path = arguments.root_path.strip("/")
+    return ServerSettings(
+        model=args.model,
+        served_model_names=tuple(arguments.served_model_name),
+        api_keys=tuple(key for key in arguments.api_key or [os.environ.get("VLLM_API_KEY", "")] if key),
+        chat_template=read_chat_template(arguments.chat_template),
+        response_role=arguments.response_role,
+        trust_request_chat_template=arguments.trust_request_chat_template,
+        default_chat_template_kwargs=arguments.default_chat_template_kwargs,
+        return_tokens_as_token_ids=arguments.return_tokens_as_token_ids,
+        enable_prompt_tokens_details=arguments.enable_prompt_tokens_details,
+        enable_force_include_usage=arguments.enable_force_include_usage,
+        enable_request_id_headers=arguments.enable_request_id_headers,
+        enable_server_load_tracking=arguments.enable_server_load_tracking,
+        enable_log_requests=arguments.enable_log_requests,
+        access_log=not arguments.disable_uvicorn_access_log,
+        unlogged_paths=tuple(arguments.disable_access_log_for_endpoints),
+        root_path=f"/{root_path}" if root_path else "",
+        fingerprint=fingerprint(arguments.fingerprint_mode, args),
+        cors=CorsPolicy(
+            tuple(arguments.allowed_origins),
+            tuple(arguments.allowed_methods),
+            tuple(arguments.allowed_headers),
+            arguments.allow_credentials,
+        ),
+    )
+
+
+def tls_files(parser: CommandParser, arguments: argparse.Namespace) -> TlsFiles | None:
+    """The files of HTTPS, or None for plain HTTP."""
+    rest = {
+        "keyfile": arguments.ssl_keyfile,
+        "ca_certs": arguments.ssl_ca_certs,
+        "cert_reqs": arguments.ssl_cert_reqs,
+        "ciphers": arguments.ssl_ciphers,
+    }
+    if arguments.ssl_certfile is None:
+        given = [name for name, value in rest.items() if value]
+        if given:
+            parser.error(f"HTTPS needs --ssl-certfile too, beside: --ssl-{given[0].replace('_', '-')}")
+        return None
+    return TlsFiles(arguments.ssl_certfile, **rest)
+
+
+def header_limits(parser: CommandParser, arguments: argparse.Namespace) -> HeaderLimits:
+    for name in ("h11_max_incomplete_event_size", "h11_max_header_count"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1: {getattr(arguments, name)}")
+    return HeaderLimits(arguments.h11_max_incomplete_event_size, arguments.h11_max_header_count)
+
+
+def fingerprint(mode: str, args: EngineArgs) -> str | None:
+    """Changes when the version or a setting of the engine changes, because then answers may."""
+    if mode == "none":
+        return None
+    settings = json.dumps([__version__, dataclasses.asdict(args)], sort_keys=True, default=str)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    return digest if mode == "hash" else f"omni-engine-{__version__}-{digest}"
+
+
+def take_model_argument(parser: CommandParser, arguments: argparse.Namespace) -> None:
+    """The model may be given by position or as --model, but not as two different ones."""
+    given = arguments.model_argument
+    if given is not None:
+        if getattr(arguments, "model", given) != given:
+            parser.error(f"two models are given, {given} and --model: {arguments.model}")
+        arguments.model = given
+    if not getattr(arguments, "model", ""):
+        parser.error("no model is given: name a checkpoint directory or a model id")
+
+
+def read_chat_template(text: str | None) -> str | None:
+    """The template in the file `text`, or `text` itself if it is one."""
+    if text is None or "{" in text or "\n" in text:
+        return text
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"the chat template cannot be read ({error.strerror}): {text}") from error
