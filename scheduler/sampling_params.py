@@ -186,8 +186,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
                     f"{name} must be true or false, got {_short(value)}.", parameter=name, value=value
                 )
         if not isinstance(self.output_kind, RequestOutputKind):
-            raise ValidationError("output_kind must be a RequestOutputKind", parameter="output_kind",
-                                  value=self.output_kind)  # fmt: skip
+            if self.output_kind not in (0, 1, 2):
+                raise ValidationError(
+                    "output_kind must be a RequestOutputKind", parameter="output_kind", value=self.output_kind
+                )
+            self.output_kind = RequestOutputKind(self.output_kind)
         for name in _FLOAT_FIELDS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):

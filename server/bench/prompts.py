@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -119,10 +118,10 @@ class ServerTokens:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         answer = self._ask("/tokenize", {"prompt": text, "add_special_tokens": add_special_tokens})
-        return self._field(answer, "tokens", list)
+        return _field(answer, "tokens", list)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._field(self._ask("/detokenize", {"tokens": list(ids)}), "prompt", str)
+        return _field(self._ask("/detokenize", {"tokens": list(ids)}), "prompt", str)
 
     def _ask(self, path: str, fields: Mapping[str, object]) -> object:
         body = json.dumps({"model": self._model, **fields}).encode()
@@ -136,11 +135,12 @@ class ServerTokens:
                 f"tokenize ({error}): {self._base_url}{path}"
             ) from error
 
-    def _field[Kind](self, answer: object, name: str, kind: type[Kind]) -> Kind:
-        value = answer.get(name) if isinstance(answer, dict) else None
-        if not isinstance(value, kind):
-            raise ValueError(f"the server's answer to /{name} has another form than vLLM's: {self._base_url}")
-        return value
+
+def _field(answer: object, name: str, kind: type[Any]) -> Any:
+    value = answer.get(name) if isinstance(answer, dict) else None
+    if not isinstance(value, kind):
+        raise ValueError(f"the server's /tokenize and /detokenize are not like vLLM's, use --tokenizer; no field: {name}")
+    return value
 
 
 class IdsOnly:
