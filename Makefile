@@ -18,7 +18,7 @@ test: $(VENV)/.installed-dev  ## set up, run the commit tier
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-full: $(VENV)/.installed-dev  ## set up, run every test, the long ones too
-	$(BIN)/python -m pytest -m "full or not full" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

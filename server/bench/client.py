@@ -75,6 +75,8 @@ class Client:
             result.error = "took longer than --request-timeout"
         except (aiohttp.ClientError, OSError, ValueError) as error:
             result.error = f"{type(error).__name__}: {error}"
+        except (LookupError, TypeError, AttributeError) as error:
+            result.error = f"the answer is not that of an OpenAI server ({type(error).__name__}: {error})"
         self.last_activity = time.perf_counter()
         result.success = not result.error
 
@@ -101,36 +103,39 @@ class Client:
         return {name: value for name, value in body.items() if value is not None}
 
     async def _read(self, response: aiohttp.ClientResponse, result: RequestResult) -> None:
-        last = 0.0
+        ended = done = False
         texts: list[str] = []
-        ended = False
-        async for data in self._events(response):
-            if data == b"[DONE]":
-                ended = True
-                break
-            now = time.perf_counter()
-            event = msgspec.json.decode(data)
-            if not isinstance(event, dict):
-                raise ValueError(f"an event is not a JSON object: {data[:_LONGEST_ERROR]!r}")
-            if event.get("error"):
-                result.error = f"error in the stream: {_message(event['error'])}"
-                break
-            if choices := event.get("choices"):
-                if last:
-                    result.itl.append(now - last)
-                else:
-                    result.ttft = now - result.start_time
-                last = now
-                result.latency = now - result.start_time
-                texts.append(self._text(choices[0]))
-                ended = ended or choices[0].get("finish_reason") is not None
-            if usage := event.get("usage"):
-                result.output_tokens = usage.get("completion_tokens")
-                result.prompt_len = usage.get("prompt_tokens") or result.prompt_len
-        result.generated_text = "".join(texts)
-        if not result.error and not last:
+        last = 0.0
+        try:
+            async for data in self._events(response):
+                if data == b"[DONE]":
+                    ended = done = True
+                    continue  # to the end of the body, so that the connection can be used again
+                now = time.perf_counter()
+                event = msgspec.json.decode(data)
+                if event.get("error"):
+                    result.error = f"error in the stream: {_message(event['error'])}"
+                    return
+                if choices := event.get("choices"):
+                    if last:
+                        result.itl.append(now - last)
+                    else:
+                        result.ttft = now - result.start_time
+                    last = now
+                    result.latency = now - result.start_time
+                    texts.append(self._text(choices[0]))
+                    ended = ended or choices[0].get("finish_reason") is not None
+                if usage := event.get("usage"):
+                    result.output_tokens = usage.get("completion_tokens")
+                    result.prompt_len = usage.get("prompt_tokens") or result.prompt_len
+        except aiohttp.ClientError:
+            if not done:
+                raise
+        finally:
+            result.generated_text = "".join(texts)
+        if not last:
             result.error = "the stream ended without a single chunk"
-        elif not result.error and not ended:
+        elif not ended:
             result.error = "the stream broke off: neither a finish_reason nor [DONE] came"
 
     async def _events(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -139,7 +139,9 @@ class ServerTokens:
 def _field(answer: object, name: str, kind: type[Any]) -> Any:
     value = answer.get(name) if isinstance(answer, dict) else None
     if not isinstance(value, kind):
-        raise ValueError(f"the server's /tokenize and /detokenize are not like vLLM's, use --tokenizer; no field: {name}")
+        raise ValueError(
+            f"the server's /tokenize and /detokenize are not like vLLM's, use --tokenizer; no field: {name}"
+        )
     return value
 
 

@@ -92,12 +92,17 @@ def assert_equal_but_for_ties(reference, prompts, generated):
     assert found == ties
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_sixteen_concurrent_requests_equal_transformers(architecture, make_checkpoint, reference_model):
-    path = make_checkpoint(architecture)
+MORE_SEEDS = [
+    pytest.param(architecture, seed, marks=pytest.mark.full) for architecture in ARCHITECTURES for seed in range(1, 6)
+]
+
+
+@pytest.mark.parametrize(("architecture", "seed"), [*((name, 0) for name in ARCHITECTURES), *MORE_SEEDS])
+def test_sixteen_concurrent_requests_equal_transformers(architecture, seed, make_checkpoint, reference_model):
+    path = make_checkpoint(architecture, seed=seed)
     reference = reference_model(path)
     engine = make_engine(path)
-    prompts = make_prompts(reference.config.vocab_size)
+    prompts = make_prompts(reference.config.vocab_size, seed=seed)
     generated = generate(engine, prompts)
     assert_equal_but_for_ties(reference, prompts, generated)
     plans = engine._core.runner.plans

@@ -34,9 +34,16 @@ def shape(output):
     return [(c.index, c.token_ids, c.text, c.finish_reason) for c in output.outputs]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_aborts_in_every_phase_leak_nothing_and_change_no_other_request(make_checkpoint, seed):
-    path = str(make_checkpoint("LlamaForCausalLM"))
+LONG = [
+    pytest.param(architecture, seed, marks=pytest.mark.full)
+    for architecture in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM")
+    for seed in range(10, 25)
+]
+
+
+@pytest.mark.parametrize(("architecture", "seed"), [*(("LlamaForCausalLM", seed) for seed in range(3)), *LONG])
+def test_aborts_in_every_phase_leak_nothing_and_change_no_other_request(make_checkpoint, architecture, seed):
+    path = str(make_checkpoint(architecture))
     rng = random.Random(seed)
     requests = [random_request(rng) for _ in range(120)]
     engine = Engine(
