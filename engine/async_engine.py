@@ -68,7 +68,7 @@ class AsyncEngine:
         return engine
 
     async def start(self) -> None:
-        """Start the core and load the tokenizer; returns while the core is still loading. Further calls share the first.
+        """Start the core and load the tokenizer; returns while the core still loads. Further calls share the first.
 
         Raises ValueError or OSError, with what to change, if the checkpoint cannot be used.
         """

@@ -78,7 +78,7 @@ def _add_api(group: Any) -> None:
     add_switch("--enable-request-id-headers", "send X-Request-Id with every response")
     add_switch("--enable-server-load-tracking", "count the requests in progress, for /load")
     add("--fingerprint-mode", choices=FINGERPRINT_MODES, default="full",
-        help="system_fingerprint of responses: version and hash of the settings, hash, none (default: full)")  # fmt: skip
+        help="system_fingerprint of responses: version and a hash of the settings, hash, none (full)")  # fmt: skip
 
 
 def _add_logging(group: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -30,7 +29,8 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-c", "from omni_engine.server.cli import main; import sys; sys.exit(main())"]
         self.process = subprocess.Popen(
-            [*command, "serve", str(path), "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", *flags],
+            [*command, "serve", str(path), "--host", "127.0.0.1", "--port", str(self.port),
+             "--dtype", "float32", *flags],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         deadline = time.monotonic() + 60

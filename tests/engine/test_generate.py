@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -482,3 +484,34 @@ def test_neutral_arguments_of_vllm_are_taken_and_others_named(path):
     for name, value in (("kv_cache_dtype", "fp8"), ("runner", "pooling"), ("no_such_argument", 1)):
         with pytest.raises(TypeError, match=name):
             LLM(model=str(path), **{name: value})
+
+
+def test_without_a_tokenizer_ids_go_in_and_ids_come_out(path, tmp_path):
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        (tmp_path / name).write_bytes((path / name).read_bytes())
+    with pytest.raises(ValueError, match="tokenizer"):
+        Engine(str(tmp_path), dtype="float32")
+    engine = Engine(str(tmp_path), dtype="float32", skip_tokenizer_init=True, max_model_len=64)
+    output = engine.generate([5, 6, 7], greedy(logprobs=1))[0].outputs[0]
+    assert (output.text, len(output.token_ids)) == ("", 12)
+    assert all(
+        entry[token].decoded_token is None for entry, token in zip(output.logprobs, output.token_ids, strict=True)
+    )
+    assert engine.generate([5, 6, 7], greedy(ignore_eos=False, logit_bias={3: 100.0}))[0].outputs[0].token_ids == [3]
+    for prompt, fields in (("text", {}), ([5], {"stop": ["a"]}), ([5], {"bad_words": ["a"]}), ([{"role": "user"}], {})):
+        with pytest.raises(ValidationError, match="tokenizer"):
+            engine.generate(prompt, greedy(**fields))
+
+
+def test_a_model_without_chat_template_says_so(path, tmp_path):
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    engine = Engine(str(tmp_path), dtype="float32", max_model_len=64)
+    messages = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(ValueError, match="chat template"):
+        engine.generate(messages, greedy())
+    given = {"messages": messages, "chat_template": "{{ messages[0]['content'] }}!"}
+    assert engine.generate(given, greedy())[0].prompt == "Hi!"

@@ -103,7 +103,9 @@ def test_heads_within_the_limits_are_served(play):
 def test_a_body_over_the_cap_is_refused_before_it_is_sent(play, monkeypatch):
     monkeypatch.setattr(body_module, "MAX_BODY_BYTES", 1000)
     listener = bind("127.0.0.1", 0)
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 999999999\r\n\r\n"
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99999\r\n\r\n"
+    )
 
     def send_head_only():
         with connection(listener.getsockname()[1]) as client:
@@ -161,15 +163,19 @@ def certificate(tmp_path_factory):
     return tuple(map(str, files))
 
 
+async def version_status(port, trust):
+    session = ClientSession(connector=TCPConnector(ssl=trust))
+    async with session, session.get(f"https://localhost:{port}/version") as response:
+        return response.status
+
+
 def test_tls_serves_clients_that_trust_the_certificate(play, certificate):
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
 
     async def scenario():
         trust = ssl.create_default_context(cafile=certificate[0])
-        async with ClientSession(connector=TCPConnector(ssl=trust)) as session:
-            async with session.get(f"https://localhost:{port}/version") as response:
-                return response.status
+        return await version_status(port, trust)
 
     assert play(listener, scenario, TlsFiles(*certificate).context()) == 200
 
@@ -182,9 +188,7 @@ def test_with_cert_reqs_2_a_client_without_a_certificate_is_turned_away(play, ce
         trust = ssl.create_default_context(cafile=certificate[0])
         if identity:
             trust.load_cert_chain(*certificate)
-        async with ClientSession(connector=TCPConnector(ssl=trust)) as session:
-            async with session.get(f"https://localhost:{port}/version") as response:
-                return response.status
+        return await version_status(port, trust)
 
     async def scenario():
         with pytest.raises((OSError, ServerDisconnectedError)):
