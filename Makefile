@@ -37,7 +37,7 @@ package: $(VENV)/.installed-dev  ## build sdist and wheel into dist/
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info $(CHECKPOINT)
+	rm -rf .venv build dist *.egg-info demo-checkpoint
 
 $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)

@@ -62,7 +62,8 @@ def load_core_parts(config: EngineConfig) -> CoreParts:
     def build(on: torch.device) -> nn.Module:
         return model_class(config.model, layout, dtype=dtype, device=on)
 
-    weight_bytes = sum(tensor.nbytes for tensor in build(torch.device("meta")).parameters())
+    shapes = build(torch.device("meta"))
+    weight_bytes = sum(tensor.nbytes for tensor in (*shapes.parameters(), *shapes.buffers()))
     workspace = workspace_bytes(config, max_num_seqs)
     check_model_fit(
         spec,

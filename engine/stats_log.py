@@ -24,6 +24,8 @@ class StatsLog:
             self.interval = float(text)
         except ValueError as error:
             raise ValueError(f"VLLM_LOG_STATS_INTERVAL must be a number of seconds: {text}") from error
+        if not self.interval > 0:
+            raise ValueError(f"VLLM_LOG_STATS_INTERVAL must be above 0; --disable-log-stats turns it off: {text}")
         self._since = now
         self._prompt_tokens = 0
         self._generation_tokens = 0

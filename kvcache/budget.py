@@ -87,7 +87,7 @@ def size_kv_cache(
     bytes_per_block = spec.bytes_per_block(block_size)
     if num_blocks is None:
         num_blocks = kv_bytes // bytes_per_block
-        remedy = "raise kv_cache_memory_bytes or gpu_memory_utilization"
+        remedy = "raise kv_cache_memory_bytes (or gpu_memory_utilization; on a CPU VLLM_CPU_KVCACHE_SPACE)"
     else:
         kv_bytes = num_blocks * bytes_per_block
         remedy = "raise num_gpu_blocks_override"
@@ -152,7 +152,7 @@ def check_model_fit(
     else:
         remedy = "use a smaller model, a narrower dtype, or a device with more memory"
     raise ValueError(
-        f"The model does not fit on {device}: {sums}. Free memory there or raise gpu_memory_utilization, or {remedy}. "
+        f"The model does not fit on {device}: {sums}. Free memory there, or {remedy}. "
         f"Available: {format_bytes(available_bytes)}"
     )
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small, threads only get in each other's way
 
 # The commit tier must give the same verdict twice; the full tier (--hypothesis-profile=full) looks further each time.
 settings.register_profile("commit", derandomize=True, deadline=None)

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from omni_engine import AsyncEngine, Engine, EngineArgs, RequestOutputKind, SamplingParams, ValidationError
-from omni_engine.engine.errors import EngineDeadError, RequestRejectedError
+from omni_engine.engine.errors import EngineDeadError, EngineRestartError, RequestRejectedError
 
 PROMPT = [(5 * i) % 400 + 4 for i in range(40)]
 
@@ -238,6 +238,39 @@ def test_a_killed_core_fails_every_stream_and_every_later_request(path, run):
         await engine.shutdown()
 
     run(kill())
+
+
+def test_a_core_lost_twice_is_replaced_twice_without_leaks(path, run):
+    async def lose():
+        engine = AsyncEngine(arguments(path), restart_core=True)
+        await engine.wait_ready()
+        files = len(os.listdir("/proc/self/fd"))
+        for _ in range(2):
+            running = asyncio.create_task(collect(engine.generate(PROMPT, greedy(max_tokens=150), "r")))
+            while not engine._streams:
+                await asyncio.sleep(0.01)
+            os.kill(engine._client.process.pid, signal.SIGKILL)
+            with pytest.raises(EngineRestartError):
+                await running
+            later = await asyncio.wait_for(collect(engine.generate(PROMPT, greedy(), "later")), 60)
+            assert len(later[-1].outputs[0].token_ids) == 20
+        assert not engine.errored
+        assert len(os.listdir("/proc/self/fd")) == files
+        await engine.shutdown()
+
+    run(lose())
+
+
+def test_a_core_that_is_lost_while_it_loads_is_not_replaced(path, run):
+    async def lose():
+        engine = AsyncEngine(arguments(path), restart_core=True)
+        await engine.start()
+        os.kill(engine._client.process.pid, signal.SIGKILL)
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(engine.wait_ready(), 10)
+        await engine.shutdown()
+
+    run(lose())
 
 
 def test_a_folder_that_is_no_checkpoint_is_said_at_start(tmp_path, run):

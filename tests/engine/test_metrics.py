@@ -127,10 +127,17 @@ def test_gauges_follow_the_scheduler_and_counters_grow_by_what_is_new(scrape):
 def test_a_dead_engine_runs_nothing(scrape):
     scrape.add("a")
     scrape.step(stats=BUSY)
-    scrape.metrics.engine_died()
+    scrape.metrics.core_lost()
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert scrape.value(name) == 0
     assert scrape.finished() == [0, 0, 0, 1]
+
+
+def test_counters_go_on_when_a_new_core_counts_from_zero(scrape):
+    scrape.step(stats=BUSY)
+    scrape.metrics.core_lost()
+    scrape.step(stats=BUSY)
+    assert scrape.value("prefix_cache_queries_total") == 200
 
 
 def test_the_cache_is_told_in_labels(scrape):

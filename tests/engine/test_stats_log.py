@@ -1,5 +1,7 @@
 """The periodic log line: rates over the time since the last one, and silence at rest."""
 
+import pytest
+
 from omni_engine.engine.stats_log import StatsLog
 from omni_engine.scheduler.scheduler import SchedulerStats
 
@@ -27,3 +29,10 @@ def test_an_idle_engine_says_so_once():
     assert log.line(20.0) is not None
     assert "Running: 0 reqs" in log.line(30.0)
     assert log.line(40.0) is None
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan"])
+def test_an_interval_that_is_none_is_refused(monkeypatch, text):
+    monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", text)
+    with pytest.raises(ValueError, match="VLLM_LOG_STATS_INTERVAL"):
+        StatsLog(0.0)
