@@ -17,7 +17,7 @@ from ..models.tokenizer import Tokenizer
 from ..scheduler.sampling_params import SamplingParams
 from .config import EngineArgs, EngineConfig
 from .core_client import CoreClient
-from .errors import EngineDeadError
+from .errors import EngineDeadError, EngineRestartError
 from .front import Front
 from .input_processor import InputProcessor, ProcessedRequest
 from .inputs import PromptType, is_conversation
@@ -36,11 +36,13 @@ class AsyncEngine:
 
     All methods belong to one event loop. `generate` may be called before the engine is ready: it waits. Breaking out
     of it, or cancelling it, aborts the request. Metrics are in `metrics_registry` once the engine is ready, under the
-    label `served_model_name` (by default the model's own), unless `disable_log_stats` is set.
+    label `served_model_name` (by default the model's own), unless `disable_log_stats` is set. With `restart_core` a
+    core that is lost once it was ready is replaced; what it was computing fails, what comes later waits.
     """
 
-    def __init__(self, args: EngineArgs, served_model_name: str | None = None) -> None:
+    def __init__(self, args: EngineArgs, served_model_name: str | None = None, *, restart_core: bool = False) -> None:
         self.args = args
+        self.restart_core = restart_core
         self.served_model_name = served_model_name or args.model
         self.metrics_registry = CollectorRegistry()
         self._metrics: EngineMetrics | None = None
@@ -59,10 +61,15 @@ class AsyncEngine:
 
     @classmethod
     def from_engine_args(
-        cls, args: EngineArgs, *, start: bool = False, served_model_name: str | None = None
+        cls,
+        args: EngineArgs,
+        *,
+        start: bool = False,
+        served_model_name: str | None = None,
+        restart_core: bool = False,
     ) -> AsyncEngine:
         """An engine for `args`; with `start` it begins to load at once, which needs a running event loop."""
-        engine = cls(args, served_model_name)
+        engine = cls(args, served_model_name, restart_core=restart_core)
         if start:
             engine._starting = asyncio.get_running_loop().create_task(engine._start())
         return engine
@@ -85,7 +92,7 @@ class AsyncEngine:
         except BaseException as error:
             self._die(EngineDeadError(str(error)))
             raise
-        self._tasks.append(asyncio.create_task(self._read_core()))
+        self._tasks.append(asyncio.create_task(self._read_core(self._client)))
         if self._stats_log is not None:
             self._tasks.append(asyncio.create_task(self._log_stats(self._stats_log)))
 
@@ -261,35 +268,62 @@ class AsyncEngine:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _read_core(self) -> None:
+    async def _read_core(self, client: CoreClient) -> None:
         """Hand what the core says to the streams, until it ends."""
-        assert self._client is not None
         try:
             while True:
-                message = await self._client.receive()
+                message = await client.receive()
                 if isinstance(message, CoreInfo):
                     self._take_info(message)
+                    self._tasks.append(asyncio.create_task(self._watch_core(client)))
                 else:
                     self._take_updates(message)
         except EngineDeadError as error:
-            self._die(error)
+            self._lose_core(client, error)
         except Exception as error:  # a fault of ours must not leave callers waiting
             logger.exception("reading from the engine core failed")
             self._die(EngineDeadError(f"{type(error).__name__}: {error}"))
 
     def _take_info(self, info: CoreInfo) -> None:
         self._inputs = self._loaded_front.input_processor(info.max_model_len)
-        if not self.args.disable_log_stats:
+        if self._metrics is None and not self.args.disable_log_stats:
             self._metrics = EngineMetrics(
                 self.metrics_registry, self.served_model_name, info.max_model_len, cache_config(self.args, info)
             )
-        self._tasks.append(asyncio.create_task(self._watch_core()))
         self._ready.set()
 
-    async def _watch_core(self) -> None:
-        assert self._client is not None
-        if await self._client.wait_until_hung():
-            self._die(EngineDeadError("the engine core process does not answer any more and has been killed"))
+    async def _watch_core(self, client: CoreClient) -> None:
+        if await client.wait_until_hung():
+            error = EngineDeadError("the engine core process does not answer any more and has been killed")
+            self._lose_core(client, error)
+
+    def _lose_core(self, client: CoreClient, error: EngineDeadError) -> None:
+        """The core has ended or hangs: the end, or a new beginning if that is wanted and the core was ready."""
+        if client is not self._client:
+            return  # it has been replaced
+        if not self.restart_core or self._closing or self._inputs is None:
+            self._die(error)
+            return
+        logger.error("%s; starting it anew", error)
+        self._client = self._inputs = None
+        self._ready.clear()
+        client.kill()
+        self._fail_streams(EngineRestartError("the engine core was lost and is started anew; send the request again"))
+        self._tasks.append(asyncio.create_task(self._respawn()))
+
+    async def _respawn(self) -> None:
+        try:
+            self._client = await CoreClient.spawn(self.args)
+        except OSError as error:
+            self._die(EngineDeadError(f"the engine core process could not be started anew: {error}"))
+            return
+        self._tasks.append(asyncio.create_task(self._read_core(self._client)))
+
+    def _fail_streams(self, error: EngineDeadError) -> None:
+        if self._metrics is not None:
+            self._metrics.core_lost()
+        for stream in self._streams.values():
+            stream.put_nowait(error)
 
     def _take_updates(self, message: Updates) -> None:
         self._stats = msgspec.structs.asdict(message.stats)
@@ -321,10 +355,7 @@ class AsyncEngine:
         if self._dead_error is None:
             self._dead_error = error
         self._ready.set()
-        if self._metrics is not None:
-            self._metrics.engine_died()
-        for stream in self._streams.values():
-            stream.put_nowait(self._dead_error)
+        self._fail_streams(self._dead_error)
         if self._client is not None:
             self._client.kill()
 

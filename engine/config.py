@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +14,8 @@ from ..models.config_parser import parse_config
 from ..models.generation_config import extra_eos_token_ids, sampling_defaults
 from ..scheduler.sampling_params import SamplingParams
 
+logger = logging.getLogger(__name__)
+DEMO_MODEL = Path(__file__).parents[1] / "models" / "demo" / "deepseek"
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "half", "float")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits")
@@ -30,7 +33,7 @@ def _arg(default: Any, help_text: str, **metadata: Any) -> Any:
 class EngineArgs:
     """Arguments of an engine. Each field is a keyword of `Engine`, `LLM` and `AsyncEngine`, and a `serve` flag."""
 
-    model: str = _arg("", "checkpoint directory, or a model id in the local hub cache")
+    model: str = _arg("", "checkpoint directory, or a model id in the local hub cache; none: the demo model")
     tokenizer: str | None = _arg(None, "directory or model id of the tokenizer, if not the model's own")
     skip_tokenizer_init: bool = _arg(False, "load no tokenizer: prompts and outputs are token ids only")
     revision: str | None = _arg(None, "branch, tag or commit of the model in the hub cache")
@@ -83,6 +86,12 @@ class EngineArgs:
 
     def __post_init__(self) -> None:
         self.model = os.fspath(self.model)  # a Path will do
+        if self.model == "":
+            self.model = str(DEMO_MODEL)
+            # a warning, so that it is seen where nobody has set up logging
+            logger.warning(
+                "no model is given, so this is the bundled demo, a toy that has read one book: %s", DEMO_MODEL
+            )
         for field_ in fields(self):
             _check_type(field_.name, getattr(self, field_.name))
         for name, choices in _CHOICES.items():
@@ -152,8 +161,6 @@ class EngineConfig:
     @classmethod
     def from_args(cls, args: EngineArgs) -> EngineConfig:
         """Read config.json and its neighbours; raises ValueError or OSError with what to change."""
-        if not args.model:
-            raise ValueError("no model was given: name a checkpoint directory or a model id")
         path = resolve_model(args.model, args.revision, args.download_dir)
         checkpoint = open_checkpoint(path, hf_overrides=args.hf_overrides, with_weights=args.load_format != "dummy")
         model = parse_config(checkpoint.config)

@@ -7,6 +7,10 @@ class EngineDeadError(RuntimeError):
     """The engine core failed or ended; no request can be served any more."""
 
 
+class EngineRestartError(EngineDeadError):
+    """The engine core was lost with the request in it; a new one is being started, so it may be sent again."""
+
+
 class RequestRejectedError(RuntimeError):
     """The request was refused because too many are waiting; it may be sent again later."""
 

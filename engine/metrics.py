@@ -177,8 +177,9 @@ class EngineMetrics:
             self._request_n.observe(len(request.core_ids))
             self._request_most.observe(request.most_tokens)
 
-    def engine_died(self) -> None:
-        """Nothing runs or waits any more; whatever did has failed."""
+    def core_lost(self) -> None:
+        """Nothing runs or waits any more; whatever did has failed. A new core counts from 0."""
+        self._seen.clear()
         for core_id in list(self._sequences):
             self.end(core_id, "error")
         for gauge in (self._running, self._waiting, self._waiting_for_capacity, self._cache_usage):

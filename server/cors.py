@@ -39,7 +39,7 @@ class CorsPolicy:
             return {}
         # A browser takes no wildcard together with credentials.
         anyone = "*" in self.origins and not self.credentials
-        headers = {hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: "*"} if anyone else {
+        headers: dict[str, str] = {hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: "*"} if anyone else {
             hdrs.ACCESS_CONTROL_ALLOW_ORIGIN: origin, hdrs.VARY: "Origin",
         }  # fmt: skip
         if self.credentials:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from ..engine.errors import EngineDeadError, RequestRejectedError
+from ..engine.errors import EngineDeadError, EngineRestartError, RequestRejectedError
 from ..scheduler.sampling_params import ValidationError
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ def error_info(error: BaseException) -> ErrorInfo:
         return ErrorInfo(_printable(str(error)), "BadRequestError", error.parameter, 400)
     if isinstance(error, RequestRejectedError):
         return ErrorInfo(_printable(str(error)), HTTPStatus.SERVICE_UNAVAILABLE.phrase, None, 503)
+    if isinstance(error, EngineRestartError):
+        return ErrorInfo(_printable(str(error)), "ServiceUnavailableError", None, 503)
     if isinstance(error, EngineDeadError):
         return ErrorInfo(ENGINE_DEAD_MESSAGE, "ServiceUnavailableError", None, 503)
     if isinstance(error, web.HTTPRequestEntityTooLarge):

@@ -56,7 +56,15 @@ def run_serve(words: Sequence[str]) -> int:
     tls_context = None if tls is None else tls.context()
     listener = bind(arguments.host, arguments.port) if arguments.uds is None else bind_unix(arguments.uds)
     with listener:
-        server = _Server(args, settings, listener, arguments.shutdown_timeout, tls=tls_context, limits=limits)
+        server = _Server(
+            args,
+            settings,
+            listener,
+            arguments.shutdown_timeout,
+            tls=tls_context,
+            limits=limits,
+            restart_core=arguments.restart_core,
+        )
         try:
             asyncio.run(server.run())
         finally:
@@ -76,6 +84,7 @@ class _Server:
         *,
         tls: SSLContext | None = None,
         limits: HeaderLimits = HeaderLimits(),  # noqa: B008  (frozen)
+        restart_core: bool = False,
     ) -> None:
         self.listener = listener
         self.settings = settings
@@ -83,7 +92,7 @@ class _Server:
         self.tls = tls
         self.limits = limits
         name = settings.served_model_names[0] if settings.served_model_names else settings.model
-        self.engine = AsyncEngine.from_engine_args(args, start=False, served_model_name=name)
+        self.engine = AsyncEngine.from_engine_args(args, start=False, served_model_name=name, restart_core=restart_core)
         self.stop = asyncio.Event()  # the first signal
         self.hurry = asyncio.Event()  # the second
 

@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..engine.config import EngineArgs
+from ..engine.config import DEMO_MODEL, EngineArgs
 from ..engine.logs import FORMATS, LEVELS
 from .arguments import CommandParser, add_engine_arguments, parse_json_object, parse_size
 from .context import ServerSettings
 from .cors import CorsPolicy
 from .listener import HeaderLimits, TlsFiles
 
+DEMO_NAME = "demo"  # what the API calls the bundled model, whose path is an installation's own affair
 FINGERPRINT_MODES = ("full", "hash", "none")
 
 
 def serve_parser() -> CommandParser:
-    parser = CommandParser("serve", "MODEL", "Serve a model over HTTP with the OpenAI API.")
-    parser.add_argument("model_argument", metavar="MODEL", nargs="?", help="checkpoint directory or model id")
+    parser = CommandParser("serve", "[MODEL]", "Serve a model over HTTP with the OpenAI API.")
+    parser.add_argument(
+        "model_argument", metavar="MODEL", nargs="?", help="checkpoint directory or model id; none: the demo"
+    )
     parser.add_argument("--config", help="YAML file of flags and their values; the command line goes before it")
     parser.add_argument(
         "--print-config", action="store_true", help="print all flags with their values as YAML, and end"
@@ -54,6 +57,8 @@ def _add_listening(group: Any) -> None:
         help=f"most headers of a request (default: {limits.num_fields})")  # fmt: skip
     add("--shutdown-timeout", type=float, default=0.0,
         help="seconds that running requests may take to end after SIGTERM (default: 0, they are aborted)")  # fmt: skip
+    add("--restart-core", action=argparse.BooleanOptionalAction, default=False,
+        help="load a lost engine core anew instead of ending the server; its requests get an error")  # fmt: skip
 
 
 def _add_api(group: Any) -> None:
@@ -116,9 +121,10 @@ def parse_paths(text: str) -> list[str]:
 def server_settings(arguments: argparse.Namespace, args: EngineArgs) -> ServerSettings:
     """What the HTTP side is told; raises ValueError if the chat template cannot be read."""
     root_path = arguments.root_path.strip("/")
+    names = arguments.served_model_name or ([DEMO_NAME] if args.model == str(DEMO_MODEL) else [])
     return ServerSettings(
         model=args.model,
-        served_model_names=tuple(arguments.served_model_name),
+        served_model_names=tuple(names),
         api_keys=tuple(key for key in arguments.api_key or [os.environ.get("VLLM_API_KEY", "")] if key),
         chat_template=read_chat_template(arguments.chat_template),
         response_role=arguments.response_role,
@@ -176,14 +182,12 @@ def fingerprint(mode: str, args: EngineArgs) -> str | None:
 
 
 def take_model_argument(parser: CommandParser, arguments: argparse.Namespace) -> None:
-    """The model may be given by position or as --model, but not as two different ones."""
+    """The model may be given by position or as --model, but not as two different ones; none means the demo."""
     given = arguments.model_argument
     if given is not None:
         if getattr(arguments, "model", given) != given:
             parser.error(f"two models are given, {given} and --model: {arguments.model}")
         arguments.model = given
-    if not getattr(arguments, "model", ""):
-        parser.error("no model is given: name a checkpoint directory or a model id")
 
 
 def read_chat_template(text: str | None) -> str | None:

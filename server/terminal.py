@@ -7,6 +7,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..scheduler.sampling_params import RequestOutputKind, SamplingParams
@@ -22,8 +23,11 @@ _HELP = "/reset forgets the conversation, /exit or Ctrl-D ends, Ctrl-C stops an 
 
 
 def generate_parser() -> CommandParser:
-    parser = CommandParser("generate", "MODEL PROMPT", "Complete a prompt and print the text as it comes.")
-    words = "the model, unless --model names it, and the prompt; without a prompt it is read from the standard input"
+    parser = CommandParser("generate", "[MODEL] [PROMPT]", "Complete a prompt and print the text as it comes.")
+    words = (
+        "the model, unless --model names it, and the prompt, else read from the standard input; one argument with "
+        "spaces is a prompt for the demo model"
+    )
     parser.add_argument("words", metavar="MODEL PROMPT", nargs="*", help=words)
     add_sampling_arguments(parser)
     add_engine_arguments(parser)
@@ -31,8 +35,10 @@ def generate_parser() -> CommandParser:
 
 
 def chat_parser() -> CommandParser:
-    parser = CommandParser("chat", "MODEL", f"Talk to a model on the terminal: {_HELP}.")
-    parser.add_argument("model_argument", metavar="MODEL", nargs="?", help="checkpoint directory or model id")
+    parser = CommandParser("chat", "[MODEL]", f"Talk to a model on the terminal: {_HELP}.")
+    parser.add_argument(
+        "model_argument", metavar="MODEL", nargs="?", help="checkpoint directory or model id; none: the demo"
+    )
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--chat-template", help="Jinja file, or the template itself, if not the model's own")
     add_sampling_arguments(parser)
@@ -42,7 +48,9 @@ def chat_parser() -> CommandParser:
 
 def run_generate(parser: CommandParser, arguments: argparse.Namespace) -> int:
     words = list(arguments.words)
-    arguments.model_argument = words.pop(0) if words and "model" not in arguments else None
+    # No model id holds a space, and hardly a folder does.
+    prompt_only = len(words) == 1 and " " in words[0] and not Path(words[0]).is_dir()
+    arguments.model_argument = words.pop(0) if words and "model" not in arguments and not prompt_only else None
     take_model_argument(parser, arguments)
     if len(words) > 1:
         parser.error(f"one prompt at a time; quote it if it holds spaces: {words[1]}")

@@ -58,12 +58,12 @@ CONFIG: dict[str, Any] = {
     "bos_token_id": BOS,
     "eos_token_id": EOS,
 }
-SHORT, LONG = 256, 1024  # tokens of a training sequence at first, and in the last quarter of the steps
+SHORT, LONG = 256, 1024  # tokens of a training sequence at first, and in the last tenth of the steps
 TOKENS_PER_STEP = 4096
 MTP_WEIGHT = 0.3
 BIAS_RATE = 0.003  # how far a step moves the bias of an expert that has too much or too little load
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
-EXCERPT_CHAPTERS = 2
+EXCERPT_BYTES = 3000  # a chapter of the excerpt is shorter
 
 
 def batches(corpus: Corpus, tokenizer: Tokenizer, seed: int, steps: int, skip: int) -> Iterator[Tensor]:
@@ -80,7 +80,7 @@ def batches(corpus: Corpus, tokenizer: Tokenizer, seed: int, steps: int, skip: i
 
 
 def sequence_length(step: int, steps: int) -> int:
-    return SHORT if step < steps * 3 // 4 else LONG
+    return SHORT if step < steps * 9 // 10 else LONG
 
 
 # The model
@@ -213,8 +213,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Warm-up, constant, and linear to zero over the last 60 %."""
-    return min(1.0, (step + 1) / 20, (steps - step) / (0.6 * steps))
+    """Warm-up, constant, and linear to zero over the last half."""
+    return min(1.0, (step + 1) / 20, (steps - step) / (0.5 * steps))
 
 
 def train(model: DemoModel, data: Iterator[Tensor], first: int, arguments: argparse.Namespace, spent: float) -> float:
@@ -233,7 +233,7 @@ def train(model: DemoModel, data: Iterator[Tensor], first: int, arguments: argpa
         for optimizer, rate in ((muon, MUON_RATE), (adam, ADAM_RATE)):
             for group in optimizer.param_groups:
                 group["lr"] = rate * rate_factor(step, steps)
-        depth = 1 if step < steps * 0.7 else 3  # deeper drafts are the same layer on its own output
+        depth = 1 if step < steps * 0.85 else 3  # deeper drafts are the same layer on its own output
         losses = model.losses(tokens, depth)
         total = losses[0] + MTP_WEIGHT * sum(losses[1:]) / depth
         total.backward()
@@ -248,7 +248,7 @@ def train(model: DemoModel, data: Iterator[Tensor], first: int, arguments: argpa
             print(f"step {step} of {steps}: loss {shown}, largest expert {share:.2f}, {elapsed:.0f} s", flush=True)
         model.balance(BIAS_RATE if step < 0.9 * steps else 0.0)
         elapsed = spent + time.monotonic() - started
-        if time.monotonic() - saved > 180 or step == steps - 1:
+        if time.monotonic() - saved > 60 or step == steps - 1:
             save_state(state_file, model, muon, adam, step + 1, elapsed)
             saved = time.monotonic()
         if elapsed > 60 * arguments.minutes and step < steps - 1:
@@ -401,7 +401,7 @@ def evaluate(model: DemoModel, tokenizer: Tokenizer, corpus: Corpus, output: Pat
     model.load.zero_()
     held_out = evaluate_text(model, tokenizer, texts)
     load = model.load / model.load.mean(dim=1, keepdim=True)
-    excerpt = texts[:EXCERPT_CHAPTERS]
+    excerpt = [text for text in texts if len(text) < EXCERPT_BYTES][:2]
     (output / "held_out.txt").write_text("\n\n".join(excerpt) + "\n")
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -418,7 +418,7 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="lines of a reference and a verse, as `bible -f` prints them")
     parser.add_argument("output", type=Path, help="folder of the checkpoint")
     parser.add_argument("--work", type=Path, required=True, help="folder of the training state, to go on from")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=370)
     parser.add_argument("--minutes", type=float, default=60, help="stop with an error when these are over")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

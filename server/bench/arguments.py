@@ -10,17 +10,15 @@ from typing import Any
 from ..arguments import CommandParser, parse_size
 
 # Flags of `vllm bench` 0.32 that are not built.
-_NOT_BUILT = frozenset(
-    """
-    --asr-max-audio-len-sec --asr-min-audio-len-sec --blazedit-max-distance --blazedit-min-distance --burstgpt-path
-    --custom-output-len --custom-skip-chat-template --dataset --enable-multimodal-chat --hf-max-batch-size --hf-name
-    --hf-output-len --hf-split --hf-subset --lora-assignment --lora-modules --lora-path --plot-dataset-stats
-    --plot-timeline --probe-request-rate --profile --random-batch-size --random-cv --random-mm-base-items-per-request
-    --random-mm-bucket-config --random-mm-limit-mm-per-prompt --random-mm-num-mm-items-range-ratio
-    --spec-bench-category --spec-bench-output-len --timeline-itl-thresholds --tokenizer-mode --trust-remote-code
-    --use-beam-search
-    """.split()
-)
+_NOT_BUILT_NAMES = """
+--asr-max-audio-len-sec --asr-min-audio-len-sec --blazedit-max-distance --blazedit-min-distance --burstgpt-path
+--custom-output-len --custom-skip-chat-template --dataset --enable-multimodal-chat --hf-max-batch-size --hf-name --hf-
+output-len --hf-split --hf-subset --lora-assignment --lora-modules --lora-path --plot-dataset-stats --plot-timeline
+--probe-request-rate --profile --random-batch-size --random-cv --random-mm-base-items-per-request --random-mm-bucket-
+config --random-mm-limit-mm-per-prompt --random-mm-num-mm-items-range-ratio --spec-bench-category --spec-bench-output-
+len --timeline-itl-thresholds --use-beam-search
+"""
+_NOT_BUILT = frozenset(_NOT_BUILT_NAMES.split())
 
 
 class BenchParser(CommandParser):

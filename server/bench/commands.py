@@ -26,7 +26,8 @@ def run_bench(words: Sequence[str]) -> int:
         )
         return 2
     if command == "serve":
-        from .serve import run_serve_bench, serve_bench_parser
+        from .serve import run_serve_bench
+        from .serve_arguments import serve_bench_parser
 
         parser = serve_bench_parser()
         return run_serve_bench(parser, parser.parse(rest))

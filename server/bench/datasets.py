@@ -94,7 +94,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, *, default: str) -> N
     add("--disable-shuffle", action="store_true", help="keep the order of the file, or of the prefixes")
     add("--no-oversample", action="store_true", help="send fewer requests rather than repeat those of a small file")
     add("--trace", metavar="FILE",
-        help="requests like those of this trace, Azure's CSV or Mooncake's JSON lines; the first --num-prompts")  # fmt: skip
+        help="requests like this trace's first --num-prompts: Azure's CSV or Mooncake's JSON lines")  # fmt: skip
     add("--trace-time-scale", type=non_negative_float, default=1.0,
         help="multiplies the trace's times: 0.5 is twice as fast, 0 all at once (default: 1)")  # fmt: skip
     add("--trace-length-scale", type=positive_float, default=1.0,

@@ -65,9 +65,9 @@ def measure(
     results: Sequence[RequestResult],
     duration: float,
     *,
+    count_tokens: Callable[[str], int],
     percentiles: Sequence[float] = (99,),
     goodput: Mapping[str, float] | None = None,
-    count_tokens: Callable[[str], int] = len,
 ) -> ServeMetrics:
     """The figures of `results`, which took `duration` seconds together.
 

@@ -7,6 +7,7 @@ import re
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,8 @@ from ...models.tokenizer import Tokenizer
 # need none.
 _ROUNDS = 10
 _WORD = re.compile(rb" [A-Za-z]{2,}")
-# Fewer words than this make prompts that repeat too much; then all tokens are taken.
+_PRINTABLE = re.compile(rb"[ -~]+")
+# Fewer words than this make prompts that repeat too much; then other tokens are taken too.
 _FEWEST_WORDS = 32
 _MOST_WORDS = 4096
 _WORDS = (
@@ -75,19 +77,19 @@ class LocalTokens:
         return np.array([i for i in range(self._end) if i not in special], dtype=np.int32)
 
     def words(self) -> np.ndarray:
-        tokenizer = self._tokenizer
-        words: list[int] = []
-        for token_id in np.random.default_rng(0).permutation(self.ids()).tolist():
-            spelling = tokenizer.token_bytes(token_id)
-            if _WORD.fullmatch(spelling) and self._is_stable(token_id, spelling.decode()):
-                words.append(token_id)
-                if len(words) == _MOST_WORDS:
-                    break
-        return np.array(sorted(words), dtype=np.int32) if len(words) >= _FEWEST_WORDS else self.ids()
+        shuffled = np.random.default_rng(0).permutation(self.ids()).tolist()
+        spellings = {token_id: self._tokenizer.token_bytes(token_id) for token_id in shuffled}
+        words = (i for i, spelling in spellings.items() if _WORD.fullmatch(spelling) and self._is_stable(i, spelling))
+        chosen = list(islice(words, _MOST_WORDS))
+        if len(chosen) < _FEWEST_WORDS:
+            # Not all tokens: a byte that is no character by itself would become U+FFFD, which is other tokens.
+            chosen = [i for i, spelling in spellings.items() if _PRINTABLE.fullmatch(spelling)]
+        return np.array(sorted(chosen or shuffled), dtype=np.int32)
 
-    def _is_stable(self, token_id: int, text: str) -> bool:
+    def _is_stable(self, token_id: int, spelling: bytes) -> bool:
         """Whether the word is one token also between others; sentencepiece may put a token of its own at the start."""
-        return self._tokenizer.encode(text * 3, add_special_tokens=False)[-2:] == [token_id] * 2
+        text = spelling.decode("ascii") * 3
+        return self._tokenizer.encode(text, add_special_tokens=False)[-2:] == [token_id] * 2
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)

@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -75,7 +76,7 @@ class TrafficRun:
         self._stalled = False
 
     async def run(
-        self, requests: Sequence[BenchRequest], times: Sequence[float] | np.ndarray, bar: tqdm[None]
+        self, requests: Sequence[BenchRequest], times: Sequence[float] | np.ndarray, bar: tqdm[Any]
     ) -> tuple[list[RequestResult], float]:
         """Results in the order of the requests, and the seconds from the start to the last answer."""
         watch = asyncio.create_task(self._watch())
@@ -93,7 +94,7 @@ class TrafficRun:
                 task.cancel()
             await asyncio.gather(watch, *tasks, return_exceptions=True)
 
-    async def _send(self, request: BenchRequest, request_id: str, bar: tqdm[None]) -> RequestResult:
+    async def _send(self, request: BenchRequest, request_id: str, bar: tqdm[Any]) -> RequestResult:
         result = RequestResult(prompt_len=request.prompt_len)
         arrived = time.perf_counter()
         try:

@@ -134,6 +134,35 @@ def test_a_core_that_pauses_shortly_goes_on(server):
     assert server.health() == 200
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_with_restart_core_a_lost_core_is_replaced_and_requests_go_on(path, number):
+    server = Server(path, "--restart-core")
+    try:
+        stream = Stream(server)
+        assert stream.begun.wait(20)
+        os.kill(server.core_pid, number)
+        server.wait_health(503, 10)
+        assert stream.ended.wait(5)
+        error = json.loads(stream.events[-2])["error"]
+        assert error["code"] == 503
+        assert "send the request again" in error["message"]
+        request = urllib.request.Request(
+            server.url + "/v1/completions",
+            json.dumps({**BODY, "stream": False, "max_tokens": 5}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:  # waits for the new core
+            assert json.load(response)["usage"]["completion_tokens"] == 5
+        assert server.health() == 200
+        assert num_running(server) == 0
+        assert server.process.poll() is None
+    finally:
+        server.process.terminate()
+        output, _ = server.process.communicate(timeout=10)
+    assert server.process.returncode == 0, output
+    assert "starting it anew" in output
+
+
 def cpu_seconds(pid):
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rsplit(")", 1)[1].split()

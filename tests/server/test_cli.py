@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import subprocess
 import sys
 
 import pytest
 
 from omni_engine import __version__
-from omni_engine.engine.config import EngineArgs
+from omni_engine.engine.config import DEMO_MODEL, EngineArgs
 from omni_engine.server import terminal
 from omni_engine.server.arguments import engine_args, parse_size, parse_size_or_word, sampling_fields
 from omni_engine.server.cli import main
-from omni_engine.server.serve_arguments import read_chat_template, serve_parser, take_model_argument
+from omni_engine.server.serve_arguments import read_chat_template, serve_parser, server_settings, take_model_argument
 
 
 def parse_serve(*words):
@@ -42,6 +43,16 @@ def test_every_engine_argument_has_a_flag_with_help():
 
 def test_flags_that_are_not_given_leave_the_defaults():
     assert engine_args(parse_serve("m")) == EngineArgs(model="m")
+
+
+def test_without_a_model_the_demo_is_served_under_a_short_name():
+    parser = serve_parser()
+    for words, model, names in (([], str(DEMO_MODEL), ("demo",)), (["m"], "m", ())):
+        arguments = parser.parse(words)
+        take_model_argument(parser, arguments)
+        args = engine_args(arguments)
+        assert args.model == model
+        assert server_settings(arguments, args).served_model_names == names
 
 
 def test_flags_become_engine_arguments_of_their_types():
@@ -80,7 +91,6 @@ def test_max_model_len_takes_words_and_minus_one(text, value):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["serve"], "no model is given: name a checkpoint directory or a model id"),
         (["serve", "m", "--model", "n"], "two models are given"),
         (["serve", "m", "--max-modl-len", "3"], "unknown flag, did you mean --max-model-len?: --max-modl-len"),
         (["serve", "--max_modl_len=3", "m"], "unknown flag, did you mean --max-model-len?: --max-modl-len"),
@@ -96,7 +106,6 @@ def test_max_model_len_takes_words_and_minus_one(text, value):
         (["serve", "m", "--hf-overrides", "{"], "not JSON"),
         (["serve", "m", "--shutdown-timeout", "-1"], "--shutdown-timeout must not be negative"),
         (["serve", "m", "--max-num-seq", "3"], "did you mean --max-num-seqs?"),
-        (["generate"], "no model is given"),
         (["generate", "m", "--max-tokens", "5", "a", "b"], "one prompt at a time"),
         (["chat", "m", "more"], "quote text that holds spaces: more"),
     ],
@@ -170,3 +179,14 @@ def test_the_application_does_not_wait_for_tokenizers_or_templates():
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
+
+
+def test_with_log_format_json_every_line_is_an_object(tmp_path):
+    words = [str(tmp_path), "--host", "127.0.0.1", "--port", "0", "--log-format", "json"]
+    script = "import sys; from omni_engine.server.cli import main; sys.exit(main(['serve', *sys.argv[1:]]))"
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert done.returncode == 1
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert "listens on http://127.0.0.1:" in lines[0]["message"]
+    assert lines[-1]["level"] == "ERROR"
+    assert "config.json" in lines[-1]["message"]

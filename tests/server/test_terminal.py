@@ -8,9 +8,11 @@ import signal
 
 import pytest
 
+from omni_engine.engine.config import DEMO_MODEL
 from omni_engine.engine.outputs import CompletionOutput, RequestOutput
 from omni_engine.scheduler.sampling_params import RequestOutputKind, SamplingParams, ValidationError
 from omni_engine.server import terminal
+from omni_engine.server.arguments import engine_args
 from omni_engine.server.cli import main
 
 
@@ -73,6 +75,14 @@ def test_generate_takes_the_model_by_position_and_the_models_defaults(engine):
     assert main(["generate", "m", "Once"]) == 0
     assert engine.prompts == ["Once"]
     assert engine.params[0].temperature == 0.7
+
+
+def test_one_argument_with_spaces_is_a_prompt_for_the_demo(engine, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(terminal, "_load_engine", lambda arguments: loaded.append(engine_args(arguments)) or engine)
+    assert main(["generate", "In the beginning"]) == 0
+    assert engine.prompts == ["In the beginning"]
+    assert [args.model for args in loaded] == [str(DEMO_MODEL)]
 
 
 def test_generate_reads_the_prompt_from_the_input(engine, monkeypatch):
