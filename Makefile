@@ -4,15 +4,15 @@ VENV ?= .venv
 # Installed before anything that depends on it, so that the version is ours to choose.
 TORCH ?= torch==2.13.0
 PORT ?= 8000
-CHECKPOINT ?= demo-checkpoint
+# What `make serve` serves; nothing: the bundled demo model.
+MODEL ?=
 PYTEST_ARGS ?=
 BIN = $(VENV)/bin
 
 .PHONY: serve test test-full lint format types package clean
 
-serve: $(VENV)/.installed  ## set up, make a small random checkpoint, serve it
-	test -f $(CHECKPOINT)/config.json || $(BIN)/python examples/make_random_checkpoint.py $(CHECKPOINT)
-	$(BIN)/omni-engine serve $(CHECKPOINT) --host 127.0.0.1 --port $(PORT)
+serve: $(VENV)/.installed  ## set up, serve the bundled demo model
+	$(BIN)/omni-engine serve $(MODEL) --host 127.0.0.1 --port $(PORT)
 
 test: $(VENV)/.installed-dev  ## set up, run the commit tier
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

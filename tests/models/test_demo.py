@@ -84,7 +84,7 @@ def test_the_held_out_loss_is_the_recorded_one(engine):
     assert loss == pytest.approx(TRAINING["excerpt"]["loss"], abs=LOSS_TOLERANCE)
     assert loss < math.log(2048) / 2
     # the measure notices a text that is not the model's
-    assert measured_loss(engine, [text[::-1] for text in EXCERPT]) > loss + 1
+    assert measured_loss(engine, [text[:999][::-1] for text in EXCERPT]) > loss + 1
 
 
 def test_the_template_writes_the_markers_the_model_was_trained_with(engine):

@@ -97,6 +97,16 @@ def test_adjusting_leaves_the_shared_part_alone(merging_tokens):
     assert all(text.startswith(start) for text in texts)
 
 
+def test_a_shared_part_that_is_too_long_is_not_cut(tokens):
+    encode = tokens.encode
+    tokens.encode = lambda text, *, add_special_tokens: encode(text, add_special_tokens=False) * 2
+    maker = PromptMaker(tokens, as_text=True, adds_special_tokens=False)
+    shared = maker.draw(generator(), 30)
+    text, length = maker.build([shared, maker.draw(generator(1), 4)])
+    assert text.startswith(tokens.decode(shared.tolist()))
+    assert (length, maker.num_inexact) == (2 * len(text.split()), 1)
+
+
 def test_equal_parts_give_equal_texts(merging_tokens):
     maker = PromptMaker(merging_tokens, as_text=True)
     parts = [maker.draw(generator(), 30), maker.draw(generator(1), 20)]

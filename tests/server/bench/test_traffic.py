@@ -60,6 +60,12 @@ def test_the_rate_ramps_up(strategy, middle):
     assert 1 / values[-edge:].mean() == pytest.approx(40, rel=0.15)
 
 
+def test_burstiness_leaves_the_rate_of_a_ramp_alone():
+    values = gaps(TrafficPattern(float("inf"), 4.0, "linear", 10.0, 10.001))
+    assert values.mean() == pytest.approx(0.1, rel=0.05)
+    assert variation(values) == pytest.approx(0.5, rel=0.05)
+
+
 def test_a_steady_ramp_has_the_rates_of_its_formula():
     values = gaps(TrafficPattern(float("inf"), float("inf"), "linear", 1.0, 4.0), number=4)
     assert (1 / values).tolist() == pytest.approx([1, 2, 3, 4])
