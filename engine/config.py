@@ -89,9 +89,7 @@ class EngineArgs:
         if self.model == "":
             self.model = str(DEMO_MODEL)
             # a warning, so that it is seen where nobody has set up logging
-            logger.warning(
-                "no model is given, so this is the bundled demo, a toy that has read one book: %s", DEMO_MODEL
-            )
+            logger.warning("no model is given, using the bundled demo: %s", DEMO_MODEL)
         for field_ in fields(self):
             _check_type(field_.name, getattr(self, field_.name))
         for name, choices in _CHOICES.items():

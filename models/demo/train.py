@@ -131,8 +131,6 @@ class DemoModel(nn.Module):
         super().__init__()
         self.body = DeepseekV3ForCausalLM(config)
         self.mtp = PredictionLayer(config)
-        # As large as what the layers add to it, or the residual stream forgets which token it is at.
-        self.body.model.embed_tokens.weight.data.normal_(0, 1)
         for tensor in self.mtp.parameters():
             if tensor.dim() > 1:
                 tensor.data.normal_(0, config.initializer_range)
@@ -420,7 +418,7 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="lines of a reference and a verse, as `bible -f` prints them")
     parser.add_argument("output", type=Path, help="folder of the checkpoint")
     parser.add_argument("--work", type=Path, required=True, help="folder of the training state, to go on from")
-    parser.add_argument("--steps", type=int, default=290)
+    parser.add_argument("--steps", type=int, default=370)
     parser.add_argument("--minutes", type=float, default=60, help="stop with an error when these are over")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
