@@ -78,6 +78,7 @@ class InputProcessor:
             raise ValidationError(f"{name} needs a tokenizer, but this engine was started without one", parameter=name)
         params = self._complete(params, len(token_ids))
         bad_words = self._bad_word_ids(params.bad_words or [])
+        self._check_choice(params, bad_words)
         now = time.monotonic()
         self._num_requests += 1
         core_requests = [
@@ -214,6 +215,20 @@ class InputProcessor:
             seed=seed,
             stop_token_ids=stop_token_ids,
         )
+
+    def _check_choice(self, params: SamplingParams, bad_words: list[list[int]]) -> None:
+        """Refuse allowed_token_ids of which other parameters leave nothing."""
+        if params.allowed_token_ids is None:
+            return
+        left = set(params.allowed_token_ids) - {words[0] for words in bad_words if len(words) == 1}
+        if params.min_tokens > 0:
+            left -= {*(params.stop_token_ids or ()), self.eos_token_id}
+        if not left:
+            raise ValidationError(
+                "bad_words, or min_tokens, which masks the ids that end a sequence, leave none of allowed_token_ids",
+                parameter="allowed_token_ids",
+                value=params.allowed_token_ids,
+            )
 
     def _bad_word_ids(self, bad_words: list[str]) -> list[list[int]]:
         """Each word's token ids, and those it has after a space where they are as many but begin differently."""

@@ -54,6 +54,9 @@ class RequestState:
         self.told_prompt_logprobs = False
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
+        self._matcher: StopStringMatcher | None = None
+        if self.params.stop_strings:
+            self._matcher = StopStringMatcher(self.params.stop_strings, self.params.include_stop_str_in_output)
         self.sequences = [self._sequence(index, core.request_id) for index, core in enumerate(request.core_requests)]
 
     @property
@@ -80,8 +83,8 @@ class RequestState:
             detokenizer = IncrementalDetokenizer(
                 self.tokenizer, self.request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens
             )
-            if params.stop_strings:
-                matcher = StopStringMatcher(params.stop_strings, params.include_stop_str_in_output)
+            if self._matcher is not None:
+                matcher = self._matcher.fresh()
         sequence = _Sequence(index, core_id, detokenizer, matcher)
         if params.logprobs is not None:
             sequence.logprobs, sequence.cumulative_logprob = [], 0.0

@@ -23,6 +23,12 @@ class StopStringMatcher:
         self._held = ""  # the longest end of the text that begins a stop string
         self._ended = False
 
+    def fresh(self) -> StopStringMatcher:
+        """A matcher of the same strings for another text; what was built from them is shared."""
+        matcher = StopStringMatcher((), self._include_in_output)
+        matcher._automaton = self._automaton
+        return matcher
+
     def push(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
         """Add `text`; returns the text that is now final, and the stop string if one has just been completed.
 

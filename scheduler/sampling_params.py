@@ -15,6 +15,9 @@ import msgspec
 
 MAX_NUM_SEQUENCES = int(os.environ.get("VLLM_MAX_N_SEQUENCES") or 16384)  # vLLM's name for the same limit
 MAX_BAD_WORDS = 128
+# Of all stop strings, and of all bad words, together: both are prepared where other requests wait.
+MAX_STOP_CHARACTERS = 8192
+MAX_BAD_WORD_CHARACTERS = 16384
 MIN_TEMPERATURE = 1e-2  # a smaller positive temperature is raised to this: logits / T must stay finite
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 1e-6, 1e6  # logits must stay finite in float32
 GREEDY_TEMPERATURE = 1e-5  # below this, sampling is greedy
@@ -255,6 +258,15 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
                 value >= -1, f"truncate_prompt_tokens must be at least -1, got {value}.", "truncate_prompt_tokens",
                 value,
             )  # fmt: skip
+        for name, texts, limit in (
+            ("stop", self.stop_strings, MAX_STOP_CHARACTERS),
+            ("bad_words", self.bad_words or [], MAX_BAD_WORD_CHARACTERS),
+        ):
+            length = sum(map(len, texts))
+            if length > limit:
+                raise ValidationError(
+                    f"{name} may hold at most {limit} characters in all, got {length}.", parameter=name, value=length
+                )
         _require("" not in self.stop_strings, "stop cannot contain an empty string.", "stop", self.stop)
         if self.stop_strings and not self.detokenize:
             raise ValidationError(

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import msgspec
 from aiohttp import web
+from aiohttp.web_protocol import RequestPayloadError
 
 from .errors import RequestError
 
@@ -25,7 +26,11 @@ async def read_body(request: web.Request, decoder: msgspec.json.Decoder[Body]) -
         raise RequestError(_CONTENT_TYPE_MESSAGE)
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise web.HTTPRequestEntityTooLarge(MAX_BODY_BYTES, request.content_length or 0)
-    return decode_body(await request.read(), decoder)
+    try:
+        data = await request.read()
+    except RequestPayloadError as error:
+        raise _invalid("json_invalid", ["body"], f"the body cannot be read: {error}") from error
+    return decode_body(data, decoder)
 
 
 def decode_body(data: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:

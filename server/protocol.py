@@ -74,6 +74,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+    prompt_embeds: Any = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -83,7 +84,6 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     prompt: str | list[Union[str, TokenId, list[TokenId]]] | None = None  # noqa: UP007  (msgspec, Python 3.10)
     logprobs: Int | None = None
     suffix: Any = None
-    prompt_embeds: Any = None
 
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True):

@@ -183,6 +183,22 @@ def test_bad_input_costs_only_its_own_request(server, body, status, needle):
     assert server.post("/v1/completions", complete(max_tokens=2))[0] == 200
 
 
+def test_a_body_that_cannot_be_unpacked_is_the_callers_fault(server):
+    request = urllib.request.Request(
+        server.url + "/v1/completions", b"xxxx", {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        urllib.request.urlopen(request, timeout=20)
+    assert raised.value.code == 400
+    assert json.loads(raised.value.read())["error"]["code"] == 400
+
+
+def test_large_stops_and_bad_words_do_not_hold_up_the_server(server):
+    for fields in ({"stop": ["x" * 5_000_000]}, {"bad_words": ["x" * 8_000_000]}):
+        assert server.post("/v1/completions", complete(**fields))[0] == 400
+    assert server.post("/v1/completions", complete(n=50, temperature=1, stop=["x" * 8000], max_tokens=2))[0] == 200
+
+
 def test_requests_sent_while_loading_are_served(path):
     server = Server(path, "--max-model-len", "192")
     try:

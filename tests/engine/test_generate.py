@@ -270,6 +270,7 @@ def test_add_step_and_abort(engine):
         ("x", {"stop_token_ids": [515]}, "vocabulary"),
         ("x", {"allowed_token_ids": [-1]}, "vocabulary"),
         ("x", {"logit_bias": {515: 1.0}}, "vocabulary"),
+        ("x", {"allowed_token_ids": [3], "min_tokens": 1}, "leave none of allowed_token_ids"),
         ("x", {"truncate_prompt_tokens": 500}, "truncate_prompt_tokens"),
         ("x" * 200_000, {}, "maximum context length"),
     ],
@@ -432,6 +433,8 @@ def test_a_stop_string_may_begin_within_min_tokens(engine):
         {"skip_special_tokens": 1},
         {"output_kind": "DELTA"},
         {"stop": ["\ud800"]},
+        {"stop": ["x" * 5000, "y" * 5000]},
+        {"bad_words": ["x" * 20_000]},
         {"logit_bias": {1.7: 2}},
     ],
 )

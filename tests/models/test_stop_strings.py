@@ -98,3 +98,12 @@ def test_time_is_linear_in_hostile_text() -> None:
 
     short = min(seconds(40_000) for _ in range(3))
     assert min(seconds(320_000) for _ in range(3)) < 8 * short * 3
+
+
+def test_a_fresh_matcher_starts_anew_with_the_same_strings() -> None:
+    matcher = StopStringMatcher(["abc"])
+    assert matcher.push("xab") == ("x", None)
+    other = matcher.fresh()
+    assert other.push("c") == ("c", None)
+    assert other.push("abc") == ("", "abc")
+    assert matcher.push("c") == ("", "abc")
