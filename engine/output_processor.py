@@ -129,33 +129,30 @@ class RequestState:
                 sequence.cumulative_logprob = (sequence.cumulative_logprob or 0.0) + item.logprobs[0]
             if sequence.detokenizer is None or position >= hidden:
                 continue
-            text = sequence.detokenizer.push((token_id,))
-            if sequence.matcher is None:
-                sequence.text += text
-                continue
-            may_stop = len(sequence.token_ids) > self.params.min_tokens
-            emitted, matched = sequence.matcher.push(text, may_stop=may_stop)
-            sequence.text += emitted
-            if matched is not None:
-                sequence.finish_reason, sequence.stop_reason = "stop", matched
+            if self._add_text(sequence, sequence.detokenizer.push((token_id,))):
                 return True
         return False
+
+    def _add_text(self, sequence: _Sequence, text: str) -> bool:
+        """Text that has become final; True if it completes a stop string, which ends the sequence."""
+        if sequence.matcher is None:
+            sequence.text += text
+            return False
+        may_stop = len(sequence.token_ids) > self.params.min_tokens
+        emitted, matched = sequence.matcher.push(text, may_stop=may_stop)
+        sequence.text += emitted
+        if matched is None:
+            return False
+        sequence.finish_reason, sequence.stop_reason = "stop", matched
+        return True
 
     def _flush_text(self, sequence: _Sequence) -> None:
         """Text held back as an unfinished character or a possible stop string, once no more can come."""
         if sequence.detokenizer is None:
             return
-        text = sequence.detokenizer.finish()
-        if sequence.matcher is None:
-            sequence.text += text
-            return
-        may_stop = len(sequence.token_ids) > self.params.min_tokens
-        emitted, matched = sequence.matcher.push(text, may_stop=may_stop)
-        sequence.text += emitted
-        if matched is None:
+        stopped = self._add_text(sequence, sequence.detokenizer.finish())
+        if sequence.matcher is not None and not stopped:
             sequence.text += sequence.matcher.flush()
-        else:
-            sequence.finish_reason, sequence.stop_reason = "stop", matched
 
     def _logprob_entry(self, item: TokenLogprobs) -> dict[int, Logprob]:
         """The token itself first, with its rank, then the top ones, ranked from 1."""
