@@ -17,18 +17,22 @@ from ..models.tokenizer import Tokenizer
 from ..scheduler.sampling_params import SamplingParams
 from .config import EngineArgs, EngineConfig
 from .core_client import CoreClient
-from .errors import EngineDeadError, EngineRestartError
+from .core_launch import DEFAULT_STEP_TIMEOUT_SECONDS, LaunchedCore
+from .errors import EngineDeadError, EngineRestartError, EngineShutdownError
 from .front import Front
 from .input_processor import InputProcessor, ProcessedRequest
 from .inputs import PromptType, is_conversation
+from .logs import logs_json
 from .messages import Abort, Add, CoreInfo, ResetPrefixCache, Updates
 from .metrics import EngineMetrics
 from .outputs import RequestOutput
+from .phases import PhaseTimer, phase_records, phase_table
 from .stats_log import StatsLog
 
 logger = logging.getLogger(__name__)
 # Longer texts are tokenized in a thread, so that they do not hold up the event loop.
 INLINE_ENCODE_CHARACTERS = 4096
+SHUTDOWN_MESSAGE = "the server is shutting down; send the request again later"
 
 
 class AsyncEngine:
@@ -37,11 +41,24 @@ class AsyncEngine:
     All methods belong to one event loop. `generate` may be called before the engine is ready: it waits. Breaking out
     of it, or cancelling it, aborts the request. Metrics are in `metrics_registry` once the engine is ready, under the
     label `served_model_name` (by default the model's own), unless `disable_log_stats` is set. With `restart_core` a
-    core that is lost once it was ready is replaced; what it was computing fails, what comes later waits.
+    core that is lost once it was ready is replaced; what it was computing fails, what comes later waits. A core counts
+    as lost too when it does not answer, or has been in one step for `hang_timeout` seconds (0: no limit).
     """
 
-    def __init__(self, args: EngineArgs, served_model_name: str | None = None, *, restart_core: bool = False) -> None:
+    def __init__(
+        self,
+        args: EngineArgs,
+        served_model_name: str | None = None,
+        *,
+        restart_core: bool = False,
+        hang_timeout: float = DEFAULT_STEP_TIMEOUT_SECONDS,
+        core: LaunchedCore | None = None,
+        timer: PhaseTimer | None = None,
+    ) -> None:
         self.args = args
+        self._timer = timer or PhaseTimer()
+        self.hang_timeout = hang_timeout
+        self._launched = core
         self.restart_core = restart_core
         self.served_model_name = served_model_name or args.model
         self.metrics_registry = CollectorRegistry()
@@ -67,9 +84,18 @@ class AsyncEngine:
         start: bool = False,
         served_model_name: str | None = None,
         restart_core: bool = False,
+        hang_timeout: float = DEFAULT_STEP_TIMEOUT_SECONDS,
+        core: LaunchedCore | None = None,
+        timer: PhaseTimer | None = None,
     ) -> AsyncEngine:
-        """An engine for `args`; with `start` it begins to load at once, which needs a running event loop."""
-        engine = cls(args, served_model_name, restart_core=restart_core)
+        """An engine for `args`; with `start` it begins to load at once, which needs a running event loop.
+
+        `core` is a core process that has been launched already; its launcher sees to its end. `timer` holds the
+        phases of the start before the engine, which are told together with its own.
+        """
+        engine = cls(
+            args, served_model_name, restart_core=restart_core, hang_timeout=hang_timeout, core=core, timer=timer
+        )
         if start:
             engine._starting = asyncio.get_running_loop().create_task(engine._start())
         return engine
@@ -86,9 +112,11 @@ class AsyncEngine:
     async def _start(self) -> None:
         if self._closing:
             return
-        self._client = await CoreClient.spawn(self.args)
+        launched, self._launched = self._launched, None
+        self._client = await CoreClient.spawn(self.args, launched)
         try:
             self._front = await asyncio.to_thread(lambda: Front(EngineConfig.from_args(self.args)))
+            self._timer.done("configuration, tokenizer")
         except BaseException as error:
             self._die(EngineDeadError(str(error)))
             raise
@@ -164,7 +192,7 @@ class AsyncEngine:
         """
         await self.wait_ready()
         if self._closing:
-            raise EngineDeadError("the engine is shutting down")
+            raise EngineShutdownError(SHUTDOWN_MESSAGE)
         if request_id is None:
             request_id = str(next(self._request_ids))
         params = sampling_params or self._loaded_front.default_sampling_params()
@@ -263,7 +291,7 @@ class AsyncEngine:
                 await asyncio.sleep(0.01)
         if self._client is not None:
             await self._client.close()
-        self._die(EngineDeadError("the engine has been shut down"))
+        self._die(EngineShutdownError(SHUTDOWN_MESSAGE))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -290,12 +318,24 @@ class AsyncEngine:
             self._metrics = EngineMetrics(
                 self.metrics_registry, self.served_model_name, info.max_model_len, cache_config(self.args, info)
             )
+        self._tell_start(info)
         self._ready.set()
 
+    def _tell_start(self, info: CoreInfo) -> None:
+        """Log how long each phase took; of a core that was started anew, its own."""
+        timer, self._timer = self._timer, PhaseTimer()
+        processes = [("core", info.phases)]
+        if timer.phases:
+            timer.done("wait for the core")
+            processes.insert(0, ("front", timer.phases))
+        title = f"started in {sum(phase.seconds for phase in processes[0][1]):.2f} s"
+        text = title if logs_json() else f"{title}:\n{phase_table(processes)}"
+        logger.info(text, extra={"data": {"phases": phase_records(processes)}})
+
     async def _watch_core(self, client: CoreClient) -> None:
-        if await client.wait_until_hung():
-            error = EngineDeadError("the engine core process does not answer any more and has been killed")
-            self._lose_core(client, error)
+        why = await client.wait_until_hung(self.hang_timeout)
+        if why is not None:
+            self._lose_core(client, EngineDeadError(f"the engine core process {why} and has been killed"))
 
     def _lose_core(self, client: CoreClient, error: EngineDeadError) -> None:
         """The core has ended or hangs: the end, or a new beginning if that is wanted and the core was ready."""

@@ -13,6 +13,7 @@ from ..models.config import ModelConfig
 from ..models.config_parser import parse_config
 from ..models.generation_config import extra_eos_token_ids, sampling_defaults
 from ..scheduler.sampling_params import SamplingParams
+from .graph_config import GRAPH_BACKENDS, choose_graphs
 
 logger = logging.getLogger(__name__)
 DEMO_MODEL = Path(__file__).parents[1] / "models" / "demo" / "deepseek"
@@ -76,7 +77,23 @@ class EngineArgs:
         None, "refuse requests (503) while this many prompt tokens wait", size=True
     )
     disable_log_stats: bool = _arg(False, "write no periodic line about throughput, queues and cache")
-    enforce_eager: bool = _arg(False, "compile no graphs; all steps run eagerly so far")
+    enforce_eager: bool = _arg(False, "compile no graphs: every step runs eager")
+    graph_backend: str = _arg(
+        "auto",
+        "how decode steps become static graphs: inductor on a CPU, cudagraph on an NVIDIA GPU; eager: padded to the "
+        "same shapes, not compiled",
+        choices=GRAPH_BACKENDS,
+    )
+    cudagraph_capture_sizes: list[int] | None = _arg(
+        None, "batch sizes to make graphs for (default: up to 64 on a CPU, 6 of them; up to 256 on a GPU)"
+    )
+    max_cudagraph_capture_size: int | None = _arg(None, "largest default batch size to make a graph for", size=True)
+    compilation_config: dict[str, Any] = _arg(
+        {}, "JSON in vLLM's spelling: mode, cudagraph_mode, cudagraph_capture_sizes, max_cudagraph_capture_size",
+        json=True,
+    )  # fmt: skip
+    require_graph: bool = _arg(False, "start only when every graph is there, and fail if one cannot be made")
+    async_scheduling: bool = _arg(True, "plan and launch the next step before the tokens of the last one are read")
     trust_remote_code: bool = _arg(False, "for compatibility: code of a checkpoint is never run, trusted or not")
     tokenizer_mode: str = _arg("auto", "how to read the tokenizer", choices=("auto",))
     quantization: str | None = _arg(None, "fp8 block checkpoints are recognised by themselves; nothing else is built")
@@ -104,6 +121,7 @@ class EngineArgs:
             raise ValueError(f"max_logprobs must be at least 0, or -1 for the whole vocabulary: {self.max_logprobs}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1]: {self.gpu_memory_utilization}")
+        choose_graphs(self)
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if getattr(self, name) != 1:
                 raise ValueError(f"{name} is not supported yet, use 1: {getattr(self, name)}")
@@ -120,7 +138,7 @@ _HINTS = get_type_hints(EngineArgs)
 def _check_type(name: str, value: Any) -> None:
     """ValueError unless `value` has one of the types of the field `name`; an integer is a number too."""
     hint = _HINTS[name]
-    kinds = tuple(get_origin(kind) or kind for kind in get_args(hint) if get_origin(hint) is not dict) or (
+    kinds = tuple(get_origin(kind) or kind for kind in get_args(hint) if get_origin(hint) not in (dict, list)) or (
         get_origin(hint) or hint,
     )
     if isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds):
@@ -131,10 +149,12 @@ def _check_type(name: str, value: Any) -> None:
     raise ValueError(f"{name} must be {names}: {value!r}")
 
 
-_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", dict: "a mapping"}
+_TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", dict: "a mapping",
+               list: "a list"}  # fmt: skip
 _POSITIVE = (
     "block_size",
     "kv_cache_memory_bytes",
+    "max_cudagraph_capture_size",
     "max_num_batched_tokens",
     "max_num_seqs",
     "num_gpu_blocks_override",

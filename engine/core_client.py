@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import socket
 import subprocess
-import sys
 from dataclasses import asdict
 from typing import Any
 
 import msgspec
 
 from .config import EngineArgs
+from .core_launch import LaunchedCore, launch_core
 from .errors import EngineDeadError
 from .heartbeat import watch
 from .messages import FRAME_HEADER_BYTES, CoreInfo, Failed, Start, Stop, Updates, frame, from_core_decoder
@@ -30,22 +30,15 @@ class CoreClient:
         self._writer: asyncio.StreamWriter = writer
 
     @classmethod
-    async def spawn(cls, args: EngineArgs) -> CoreClient:
-        """Start the process and tell it what to load; returns before it has loaded."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        pings, their_pings = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs, their_pings:
-            files = (theirs.fileno(), their_pings.fileno())
-            process = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.core_process", *map(str, files)],
-                pass_fds=files,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a signal to the front's group must not end the core before it has drained
-            )
-        ours.setblocking(False)
-        pings.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=STREAM_LIMIT_BYTES)
-        client = cls(process, reader, writer, pings)
+    async def spawn(cls, args: EngineArgs, core: LaunchedCore | None = None) -> CoreClient:
+        """Start the process, or take one that has just been launched, and tell it what to load; returns before it
+        has loaded.
+        """
+        core = core or launch_core()
+        core.messages.setblocking(False)
+        core.pings.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=core.messages, limit=STREAM_LIMIT_BYTES)
+        client = cls(core.process, reader, writer, core.pings)
         client.send(Start(asdict(args)))
         return client
 
@@ -67,9 +60,11 @@ class CoreClient:
             raise EngineDeadError(message.message)
         return message
 
-    async def wait_until_hung(self) -> bool:
-        """True once the process exists and does not answer any more; False once it has ended."""
-        return await watch(self._pings)
+    async def wait_until_hung(self, step_timeout: float) -> str | None:
+        """Why the process counts as hung, once it does: it does not answer, or one of its steps takes longer than
+        `step_timeout` seconds (0: no limit). None once it has ended.
+        """
+        return await watch(self._pings, step_timeout=step_timeout)
 
     async def _exit_code(self) -> int | None:
         for _ in range(50):

@@ -19,7 +19,7 @@ import msgspec
 
 from ..scheduler.request import RequestUpdate
 from .config import EngineArgs, EngineConfig
-from .heartbeat import answer_pings
+from .heartbeat import StepClock, answer_pings
 from .logs import set_up_logging
 from .messages import (
     FRAME_HEADER_BYTES,
@@ -33,6 +33,7 @@ from .messages import (
     frame,
     to_core_decoder,
 )
+from .phases import PhaseTimer, process_age
 
 logger = logging.getLogger(__name__)
 READ_BYTES = 1 << 20
@@ -90,14 +91,17 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def serve(channel: CoreChannel) -> None:
+def serve(channel: CoreChannel, clock: StepClock) -> None:
     """Load as the first message says, then step until told to stop. Raises EOFError when the front is gone."""
     from .core import EngineCore
 
+    timer = PhaseTimer(process_age())
+    timer.done("imports")
     start = next(iter(channel.receive(wait=True)))
+    timer.done("wait for the front")
     assert isinstance(start, Start)
-    core = EngineCore.load(EngineConfig.from_args(EngineArgs(**start.args)))
-    channel.send(core.info)
+    core = EngineCore.load(EngineConfig.from_args(EngineArgs(**start.args)), timer)
+    channel.send(msgspec.structs.replace(core.info, phases=timer.phases))
     while True:
         updates = []
         for message in channel.receive(wait=not core.has_unfinished):
@@ -112,7 +116,8 @@ def serve(channel: CoreChannel) -> None:
             elif isinstance(message, Stop):
                 return
         if core.has_unfinished:
-            updates += core.step()
+            with clock:
+                updates += core.step()
         channel.send(Updates(updates, core.stats()))
 
 
@@ -122,9 +127,10 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_up_logging()
     channel = CoreChannel(socket.socket(fileno=int(argv[0])))
-    answer_pings(socket.socket(fileno=int(argv[1])))
+    clock = StepClock()
+    answer_pings(socket.socket(fileno=int(argv[1])), clock)
     try:
-        serve(channel)
+        serve(channel, clock)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0
     except Exception as error:  # the front must learn why, whatever it was

@@ -11,6 +11,10 @@ class EngineRestartError(EngineDeadError):
     """The engine core was lost with the request in it; a new one is being started, so it may be sent again."""
 
 
+class EngineShutdownError(EngineDeadError):
+    """The engine ends because it was told to; its message is for the caller."""
+
+
 class RequestRejectedError(RuntimeError):
     """The request was refused because too many are waiting; it may be sent again later."""
 

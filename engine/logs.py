@@ -14,7 +14,10 @@ FORMAT_VARIABLE = "OMNI_ENGINE_LOG_FORMAT"
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: time (RFC 3339, UTC), level, logger, process, message and, of an error, traceback."""
+    """One JSON object per line: time (RFC 3339, UTC), level, logger, process, message and, of an error, traceback.
+
+    The dictionary `data` of a record, if it was logged with `extra={"data": …}`, adds its own keys.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {
@@ -24,6 +27,7 @@ class JsonFormatter(logging.Formatter):
             "process": record.process,
             "message": record.getMessage(),
         }
+        fields.update(getattr(record, "data", {}))
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
         return json.dumps(fields, ensure_ascii=False)

@@ -8,6 +8,7 @@ import msgspec
 
 from ..scheduler.request import RequestInput, RequestUpdate
 from ..scheduler.scheduler import SchedulerStats
+from .phases import Phase
 
 FRAME_HEADER_BYTES = 4  # length of the message that follows, little-endian
 
@@ -40,6 +41,7 @@ class CoreInfo(msgspec.Struct, frozen=True, tag=True):
     max_model_len: int
     num_blocks: int
     block_size: int
+    phases: list[Phase] = []
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,31 +11,43 @@ from torch import Tensor
 
 from ..models.forward_context import ForwardContext
 from ..scheduler.plan import NewRow, StepOutput, StepPlan, TokenLogprobs
-from .sampler import Sampler, gather_logprobs
+from .decode_step import Decoder
+from .graph_runner import GraphRunner
+from .row_state import RowTable
+from .sampler import Sampled, Sampler, gather_logprobs
 
 # Prompt positions whose logits are held at once: 256 x 150k x 4 bytes = 150 MB.
 PROMPT_LOGPROBS_CHUNK = 256
 
 
-class Decoder(Protocol):
-    """What the runner asks of a model."""
-
-    def forward(self, input_ids: Tensor, context: ForwardContext, caches: list[tuple[Tensor, ...]]) -> Tensor: ...
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class StepInput:
-    """The device side of one step. `logit_index`: int64 [sampling entries], their last token in the batch."""
+    """The device side of a step with prompts. `logit_index`: int64 [sampling entries], their last token of the step."""
 
     input_ids: Tensor  # int64 [tokens]
     context: ForwardContext
     logit_index: Tensor
 
 
+class DispatchedStep:
+    """A step that the device has been given; its output may not be there yet."""
+
+    def __init__(self, plan: StepPlan, rows: list[NewRow]) -> None:
+        self.plan = plan
+        self.rows = rows  # of every entry that samples, whose row it is
+        self.entries: list[int] = []  # those that sample
+        self.sampled: Sampled | None = None
+        self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        self.output: StepOutput | None = None
+
+
 class ModelRunner:
-    """Owns a rank's weights, KV tensors and the persistent batch: tokens and block table of every row."""
+    """Owns a rank's weights, KV tensors and the persistent batch.
+
+    `dispatch` gives a step to the device without waiting for it, `read` waits and brings the tokens to the host. The
+    next step may be dispatched before the last one is read: its tokens are taken from the device's own row state. Steps
+    are read in the order in which they were dispatched. One thread calls both.
+    """
 
     def __init__(
         self,
@@ -54,39 +66,96 @@ class ModelRunner:
         self.block_size = block_size
         self.device = device
         self.vocab_size = vocab_size
-        # Pages of these arrays are committed when first written, so their size is an upper bound.
-        self.tokens = np.zeros((max_num_seqs, max_model_len + 1), np.int64)  # known tokens of each row
-        self.num_known = np.zeros(max_num_seqs, np.int64)
-        self.block_table = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
-        self.num_blocks = np.zeros(max_num_seqs, np.int64)
+        # Pages of this array are committed when first written, so its size is an upper bound.
+        self.prompts = np.zeros((max_num_seqs, max_model_len + 1), np.int64)  # what was known when the row came
+        self.table = RowTable(max_num_seqs, -(-max_model_len // block_size), device)
         self.rows: dict[int, NewRow] = {}
+        self._reporting: set[int] = set()  # rows whose prompt logprobs are asked for
         self.sampler = Sampler(max_num_seqs, vocab_size, device, logprobs_mode)
+        self.graphs = GraphRunner(model, self.table.state, caches)
+        self._unread: deque[DispatchedStep] = deque()
+
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """Run one step and wait for it."""
+        return self.read(self.dispatch(plan))
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepOutput:
-        """Run one step: take in the plan's changes, forward, sample, remember the sampled tokens."""
+    def dispatch(self, plan: StepPlan) -> DispatchedStep:
+        """Take in the plan's changes, forward, sample, and leave the tokens where the next step finds them."""
         self._apply(plan)
         rows = np.asarray(plan.rows, np.int64)
-        step = self._step_input(plan, rows)
-        hidden = self.model.forward(step.input_ids, step.context, self.caches)
-        sampled, logprobs = self._sample(plan, rows, hidden, step.logit_index)
-        return StepOutput(plan.step, sampled, logprobs, self._prompt_logprobs(plan, hidden))
+        entries = [entry for entry, samples in enumerate(plan.samples) if samples]
+        step = DispatchedStep(plan, [self.rows[plan.rows[entry]] for entry in entries])
+        step.entries = entries
+        if plan.is_decode_only and not self._reports_prompt(plan):
+            step.sampled = self._decode(plan, rows)
+        else:
+            self._prefill(plan, rows, step)
+        self._unread.append(step)
+        return step
+
+    @torch.inference_mode()
+    def read(self, step: DispatchedStep) -> StepOutput:
+        """Wait for a dispatched step, the oldest that is not read."""
+        if step.output is None:
+            assert self._unread[0] is step, "steps must be read in the order in which they were dispatched"
+            self._settle(self._unread.popleft())
+        assert step.output is not None
+        return step.output
+
+    def _settle(self, step: DispatchedStep) -> None:
+        token_ids: list[list[int]] = [[] for _ in step.plan.rows]
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        if step.sampled is not None:
+            for entry, new, token_id in zip(step.entries, step.rows, step.sampled.token_ids.tolist(), strict=True):
+                token_ids[entry] = [token_id]
+                row = step.plan.rows[entry]
+                if self.sampler.extras and self.rows.get(row) is new:  # nobody else has the row by now
+                    self.sampler.append_history(row, token_id)
+            for index, value in step.sampled.read_logprobs().items():
+                logprobs[step.entries[index]] = [value]
+        step.output = StepOutput(step.plan.step, token_ids, logprobs, step.prompt_logprobs)
 
     def _apply(self, plan: StepPlan) -> None:
         for row in plan.released_rows:
             del self.rows[row]
+            self._reporting.discard(row)
             self.sampler.remove_row(row)
         for new in plan.new_rows:
             self.rows[new.row] = new
-            self.tokens[new.row, : len(new.token_ids)] = new.token_ids
-            self.num_known[new.row] = len(new.token_ids)
-            self.num_blocks[new.row] = 0
+            self.prompts[new.row, : len(new.token_ids)] = new.token_ids
             self.sampler.add_row(new)
-        for row, block_ids in zip(plan.rows, plan.new_block_ids, strict=True):
-            if block_ids:
-                start = self.num_blocks[row]
-                self.block_table[row, start : start + len(block_ids)] = block_ids
-                self.num_blocks[row] = start + len(block_ids)
+            if new.params.prompt_logprobs is not None:
+                self._reporting.add(new.row)
+        self.table.admit(plan.new_rows)
+        self.table.append_blocks(plan.rows, plan.new_block_ids)
+
+    def _decode(self, plan: StepPlan, rows: np.ndarray) -> Sampled:
+        """A step of one token for each row: the step the graphs hold."""
+        kind = self.sampler.kind_of(rows)
+        longest = max(plan.num_computed) + 1
+        output = self.graphs.replay(kind, rows, -(-longest // self.block_size))
+        if kind != "split":
+            return Sampled(output, [], None, [])
+        lengths = np.asarray(plan.num_computed, np.int64) + 1
+        return self._sample(output, rows, lengths)
+
+    def _prefill(self, plan: StepPlan, rows: np.ndarray, step: DispatchedStep) -> None:
+        """A step with prompts in it, their chunks behind the rows that decode; always eager."""
+        inputs = self._step_input(plan, rows)
+        hidden = self.model.forward(inputs.input_ids, inputs.context, self.caches)
+        if step.entries:
+            lengths = np.asarray(plan.num_computed, np.int64) + np.asarray(plan.num_tokens, np.int64)
+            logits = self.model.logits(hidden[inputs.logit_index])
+            step.sampled = self._sample(logits, rows[step.entries], lengths[step.entries])
+        step.prompt_logprobs = self._prompt_logprobs(plan, hidden)
+
+    def _sample(self, logits: Tensor, rows: np.ndarray, lengths: np.ndarray) -> Sampled:
+        while self._unread and self.sampler.reads_history:
+            self._settle(self._unread.popleft())
+        sampled = self.sampler.sample(logits, rows, lengths)
+        self.table.commit(rows, lengths, sampled.token_ids)
+        return sampled
 
     def _step_input(self, plan: StepPlan, rows: np.ndarray) -> StepInput:
         num_computed = np.asarray(plan.num_computed, np.int64)
@@ -94,7 +163,8 @@ class ModelRunner:
         ends = num_tokens.cumsum()
         token_rows = rows.repeat(num_tokens)  # [tokens]
         positions = np.arange(ends[-1]) + (num_computed - ends + num_tokens).repeat(num_tokens)
-        slots = self.block_table[token_rows, positions // self.block_size].astype(np.int64) * self.block_size
+        block_table = self.table.block_table
+        slots = block_table[token_rows, positions // self.block_size].astype(np.int64) * self.block_size
         slots += positions % self.block_size
         context_lens = num_computed + num_tokens
         width = int(-(-context_lens.max() // self.block_size))
@@ -104,34 +174,29 @@ class ModelRunner:
         context = ForwardContext(
             positions=self._to_device(positions),
             slots=self._to_device(slots),
-            block_table=self._to_device(self.block_table[rows, :width]),
+            block_table=self._to_device(block_table[rows, :width]),
             context_lens=self._to_device(context_lens.astype(np.int32)),
             num_decode=num_decode,
             prefill_query_lens=tuple(num_tokens[num_decode:].tolist()),
             prefill_context_lens=tuple(context_lens[num_decode:].tolist()),
         )
+        input_ids = self._to_device(self.prompts[token_rows, positions])
+        # A row that decodes computes its newest token, which the host need not know yet.
+        decoding = np.asarray(plan.samples, bool) & (num_tokens == 1)
+        newest = self._to_device(rows[decoding])
+        input_ids[self._to_device(ends[decoding] - 1)] = self.table.state.last_token[newest]
         return StepInput(
-            input_ids=self._to_device(self.tokens[token_rows, positions]),
+            input_ids=input_ids,
             context=context,
             logit_index=self._to_device(ends[np.asarray(plan.samples, bool)] - 1),
         )
 
-    def _sample(
-        self, plan: StepPlan, rows: np.ndarray, hidden: Tensor, logit_index: Tensor
-    ) -> tuple[list[list[int]], dict[int, list[TokenLogprobs]]]:
-        entries = np.asarray(plan.samples, bool).nonzero()[0]
-        sampled: list[list[int]] = [[] for _ in plan.rows]
-        if not len(entries):
-            return sampled, {}
-        sampling_rows = rows[entries]
-        lengths = self.num_known[sampling_rows]
-        logits = self.model.logits(hidden[logit_index])
-        token_ids, logprobs = self.sampler.sample(logits, sampling_rows, lengths, self.tokens)
-        self.tokens[sampling_rows, lengths] = token_ids
-        self.num_known[sampling_rows] = lengths + 1
-        for entry, token_id in zip(entries.tolist(), token_ids, strict=True):
-            sampled[entry] = [token_id]
-        return sampled, {int(entries[index]): [value] for index, value in logprobs.items()}
+    def _reports_prompt(self, plan: StepPlan) -> bool:
+        """Whether some entry has prompt positions to report, which takes the hidden states."""
+        return bool(self._reporting) and any(
+            row in self._reporting and computed + 1 < self.rows[row].num_prompt_tokens
+            for row, computed in zip(plan.rows, plan.num_computed, strict=True)
+        )
 
     def _prompt_logprobs(self, plan: StepPlan, hidden: Tensor) -> dict[int, list[TokenLogprobs]]:
         """By entry: the prompt positions this step can tell, each from the hidden state one position before it."""
@@ -144,7 +209,7 @@ class ModelRunner:
                 stop = min(computed + count + 1, new.num_prompt_tokens)
                 if first < stop:
                     states = hidden[start + first - 1 - computed : start + stop - 1 - computed]
-                    reports[entry] = self._position_logprobs(states, self.tokens[row, first:stop], new)
+                    reports[entry] = self._position_logprobs(states, self.prompts[row, first:stop], new)
             start += count
         return reports
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..ops import sampling
 from ..scheduler.plan import NewRow, TokenLogprobs
+from .decode_step import SAMPLERS
 
 
 @dataclass
-class _RowState:
+class _Extras:
     """What a row needs beyond temperature, top-k, top-p and min-p. Most rows have none."""
 
     bias: tuple[Tensor, Tensor] | None = None  # token ids int64, values float32
@@ -21,9 +22,27 @@ class _RowState:
     min_tokens: int = 0
     ending: Tensor | None = None  # ids masked while fewer than min_tokens are out
     bad_words: list[list[int]] = field(default_factory=list)
+    history: list[int] = field(default_factory=list)  # the known tokens; kept with bad words only
     seen: Tensor | None = None  # bool [vocab]: in prompt or output; only with penalties
     output_counts: Tensor | None = None  # float32 [vocab]
     penalties: tuple[float, float, float] = (1.0, 0.0, 0.0)  # repetition, frequency, presence
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Tokens that were chosen and may still be on their way: nothing here has waited for the device."""
+
+    token_ids: Tensor  # int64 [n]
+    wanted: list[int]  # indices in [0, n) whose log probabilities are asked for
+    scores: Tensor | None  # float32 [wanted, vocab]
+    counts: list[int]  # how many of the most likely, per wanted index
+
+    def read_logprobs(self) -> dict[int, TokenLogprobs]:
+        """By index in [0, n); waits for the device."""
+        if self.scores is None:
+            return {}
+        entries = gather_logprobs(self.scores, self.token_ids[self.wanted], self.counts)
+        return dict(zip(self.wanted, entries, strict=True))
 
 
 class Sampler:
@@ -45,7 +64,8 @@ class Sampler:
         self.seed = np.zeros(max_num_seqs, np.int64)
         self.num_logprobs = np.full(max_num_seqs, -1, np.int64)  # -1: none asked for
         self.num_prompt = np.zeros(max_num_seqs, np.int64)
-        self.states: dict[int, _RowState] = {}
+        self.kind = np.zeros(max_num_seqs, np.int8)  # index in SAMPLERS: what the row's decode steps need
+        self.extras: dict[int, _Extras] = {}
 
     def add_row(self, new: NewRow) -> None:
         """Take in a request at its row; its earlier output, if it was preempted, is in `token_ids`."""
@@ -59,97 +79,112 @@ class Sampler:
         count = params.logprobs
         self.num_logprobs[row] = -1 if count is None else self.vocab_size if count == -1 else count
         self.num_prompt[row] = new.num_prompt_tokens
-        state = self._row_state(new)
-        if state is None:
-            self.states.pop(row, None)
+        extras = self._make_extras(new)
+        if extras is None:
+            self.extras.pop(row, None)
         else:
-            self.states[row] = state
+            self.extras[row] = extras
+        truncates = not params.is_greedy and (
+            self.top_k[row] < self.vocab_size or self.top_p[row] < 1 or self.min_p[row] > 0
+        )
+        plain = "greedy" if params.is_greedy else "gumbel"
+        needs_logits = truncates or extras is not None or count is not None
+        self.kind[row] = SAMPLERS.index("split" if needs_logits else plain)
 
     def remove_row(self, row: int) -> None:
-        self.states.pop(row, None)
+        self.extras.pop(row, None)
 
-    def _row_state(self, new: NewRow) -> _RowState | None:
+    def kind_of(self, rows: np.ndarray) -> str:
+        """What the decode step of these rows ends in: the one of SAMPLERS that serves them all."""
+        return SAMPLERS[self.kind[rows].max()]
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether some row's next token depends on tokens that the host must have read."""
+        return any(extras.bad_words for extras in self.extras.values())
+
+    def append_history(self, row: int, token_id: int) -> None:
+        """Tell what was read for a row."""
+        extras = self.extras.get(row)
+        if extras is not None and extras.bad_words:
+            extras.history.append(token_id)
+
+    def _make_extras(self, new: NewRow) -> _Extras | None:
         params = new.params
-        state = _RowState()
+        extras = _Extras()
         needed = False
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=self.device)
             values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self.device)
-            state.bias, needed = (ids, values), True
+            extras.bias, needed = (ids, values), True
         if params.allowed_token_ids is not None:
-            state.allowed = torch.tensor(params.allowed_token_ids, dtype=torch.int64, device=self.device)
+            extras.allowed = torch.tensor(params.allowed_token_ids, dtype=torch.int64, device=self.device)
             needed = True
         ending = [*new.eos_token_ids, *(params.stop_token_ids or ())]
         if params.min_tokens > 0 and ending:
-            state.min_tokens = params.min_tokens
-            state.ending = torch.tensor(ending, dtype=torch.int64, device=self.device)
+            extras.min_tokens = params.min_tokens
+            extras.ending = torch.tensor(ending, dtype=torch.int64, device=self.device)
             needed = True
         if new.bad_words_token_ids:
-            state.bad_words, needed = new.bad_words_token_ids, True
+            extras.bad_words, extras.history, needed = new.bad_words_token_ids, list(new.token_ids), True
         if params.has_penalties:
             tokens = torch.tensor(new.token_ids, dtype=torch.int64, device=self.device)
-            state.seen = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.device)
-            state.seen[tokens] = True
+            extras.seen = torch.zeros(self.vocab_size, dtype=torch.bool, device=self.device)
+            extras.seen[tokens] = True
             output = tokens[new.num_prompt_tokens :]
-            state.output_counts = output.bincount(minlength=self.vocab_size).to(torch.float32)
-            state.penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+            extras.output_counts = output.bincount(minlength=self.vocab_size).to(torch.float32)
+            extras.penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
             needed = True
-        return state if needed else None
+        return extras if needed else None
 
-    def sample(
-        self, logits: Tensor, rows: np.ndarray, lengths: np.ndarray, history: np.ndarray
-    ) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    def sample(self, logits: Tensor, rows: np.ndarray, lengths: np.ndarray) -> Sampled:
         """One token per row.
 
-        logits: float32 [n, vocab], may be changed in place; rows: int64 [n]; lengths: int64 [n], tokens known so
-        far, which is also the position of the token to be sampled; history: int64 [max_num_seqs, width], the known
-        tokens of every row. Returns the tokens, and by index in [0, n) the log probabilities asked for.
+        logits: float32 [n, vocab], may be changed in place; rows: int64 [n]; lengths: int64 [n], tokens before the one
+        to be sampled, which is also its position.
         """
         wanted = [index for index, row in enumerate(rows) if self.num_logprobs[row] >= 0]
         raw = logits[wanted].clone() if wanted and self.logprobs_mode.startswith("raw") else None
-        special = [(index, row, self.states[row]) for index, row in enumerate(rows.tolist()) if row in self.states]
-        for index, row, state in special:
-            self._apply_row_state(logits[index], state, int(lengths[index]) - int(self.num_prompt[row]), history[row],
-                                  int(lengths[index]))  # fmt: skip
+        special = []
+        if self.extras:
+            special = [(index, self.extras[row]) for index, row in enumerate(rows.tolist()) if row in self.extras]
+        for index, extras in special:
+            num_output = int(lengths[index]) - int(self.num_prompt[rows[index]])
+            self._apply_extras(logits[index], extras, num_output, int(lengths[index]))
         if (self.temperature[rows] > 0).any():
             tokens, logits = self._draw(logits, rows, lengths)
         else:
             tokens = logits.argmax(dim=-1)
-        for index, _, state in special:
-            if state.seen is not None and state.output_counts is not None:
-                state.seen[tokens[index]] = True
-                state.output_counts[tokens[index]] += 1
-        token_ids = tokens.tolist()
+        for index, extras in special:
+            if extras.seen is not None and extras.output_counts is not None:
+                extras.seen[tokens[index]] = True
+                extras.output_counts[tokens[index]] += 1
         if not wanted:
-            return token_ids, {}
+            return Sampled(tokens, [], None, [])
         scores = raw if raw is not None else logits[wanted]
         if self.logprobs_mode.endswith("logprobs"):
             scores = scores.log_softmax(dim=-1)
-        counts = [int(self.num_logprobs[rows[index]]) for index in wanted]
-        entries = gather_logprobs(scores, tokens[wanted], counts)
-        return token_ids, dict(zip(wanted, entries, strict=True))
+        return Sampled(tokens, wanted, scores, [int(self.num_logprobs[rows[index]]) for index in wanted])
 
-    def _apply_row_state(
-        self, logits: Tensor, state: _RowState, num_output: int, history: np.ndarray, length: int
-    ) -> None:
+    def _apply_extras(self, logits: Tensor, extras: _Extras, num_output: int, length: int) -> None:
         """Masks, biases and penalties of one row, in place. logits: float32 [vocab]."""
-        if state.allowed is not None:
-            kept = logits[state.allowed]
+        if extras.allowed is not None:
+            kept = logits[extras.allowed]
             logits.fill_(-torch.inf)
-            logits[state.allowed] = kept
-        for words in state.bad_words:
+            logits[extras.allowed] = kept
+        for words in extras.bad_words:
             prefix = words[:-1]
-            if num_output >= len(prefix) and history[length - len(prefix) : length].tolist() == prefix:
+            if num_output >= len(prefix) and extras.history[length - len(prefix) : length] == prefix:
                 logits[words[-1]] = -torch.inf
-        if state.ending is not None and num_output < state.min_tokens:
-            logits[state.ending] = -torch.inf
-        if state.bias is not None:
-            logits.index_add_(0, *state.bias)
-        if state.seen is not None and state.output_counts is not None:
-            repetition, frequency, presence = (logits.new_full((1,), value) for value in state.penalties)
+        if extras.ending is not None and num_output < extras.min_tokens:
+            logits[extras.ending] = -torch.inf
+        if extras.bias is not None:
+            logits.index_add_(0, *extras.bias)
+        if extras.seen is not None and extras.output_counts is not None:
+            repetition, frequency, presence = (logits.new_full((1,), value) for value in extras.penalties)
             logits.copy_(
                 sampling.apply_penalties(
-                    logits[None], state.seen[None], state.output_counts[None], repetition, frequency, presence
+                    logits[None], extras.seen[None], extras.output_counts[None], repetition, frequency, presence
                 )[0]
             )
 

@@ -29,7 +29,9 @@ from ..models.registry import resolve
 from ..models.weights import load_weights
 from ..scheduler.scheduler import Scheduler, SchedulerConfig
 from .config import EngineConfig
+from .graph_startup import GraphShape, start_graphs
 from .model_runner import ModelRunner
+from .phases import PhaseTimer
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30
@@ -50,7 +52,7 @@ class CoreParts:
     num_blocks: int
 
 
-def load_core_parts(config: EngineConfig) -> CoreParts:
+def load_core_parts(config: EngineConfig, timer: PhaseTimer) -> CoreParts:
     """Check that it fits, load, allocate. Raises ValueError, with the arithmetic and what to change."""
     device = resolve_device(config.args.device)
     layout = ParallelLayout()
@@ -74,7 +76,9 @@ def load_core_parts(config: EngineConfig) -> CoreParts:
         workspace_bytes=workspace,
         device=str(device),
     )
+    timer.done("configuration")
     model = _load_model(config, build, device)
+    timer.done("weights", weight_bytes)
     budget = _size_cache(config, spec, device, max_num_seqs, workspace)
     logger.info("memory on %s:\n%s", device, budget.table(weight_bytes, workspace))
     manager = KVCacheManager(
@@ -90,9 +94,10 @@ def load_core_parts(config: EngineConfig) -> CoreParts:
         max_num_queued_reqs=config.args.max_num_queued_reqs,
         max_num_queued_tokens=config.args.max_num_queued_tokens,
     )
+    parts = allocate_kv_tensors(spec, budget.num_blocks, budget.block_size, device)
     runner = ModelRunner(
         model,  # type: ignore[arg-type]  (nn.Module's attributes are dynamic)
-        allocate_kv_tensors(spec, budget.num_blocks, budget.block_size, device),
+        parts,
         vocab_size=config.model.vocab_size,
         block_size=budget.block_size,
         max_num_seqs=max_num_seqs,
@@ -100,6 +105,9 @@ def load_core_parts(config: EngineConfig) -> CoreParts:
         device=device,
         logprobs_mode=config.args.logprobs_mode,
     )
+    timer.done("KV cache", budget.kv_bytes)
+    start_graphs(config, runner, GraphShape(budget.num_blocks, max_num_seqs, budget.max_model_len))
+    timer.done("graphs")
     return CoreParts(Scheduler(scheduler_config, manager), runner, budget.max_model_len, budget.num_blocks)
 
 
@@ -170,7 +178,7 @@ def _size_cache(
             f"{device} with the weights loaded: {kv_bytes}"
         )
     if kv_bytes is None:
-        kv_bytes = max(0, free_bytes - workspace)
+        kv_bytes = round_down(max(0, free_bytes - workspace))
         if device.type == "cpu":
             one = sequence_bytes(spec, config.block_size, longest)
             wanted = _cpu_kv_bytes() or max(DEFAULT_CPU_KV_BYTES, one)
@@ -184,6 +192,13 @@ def _size_cache(
         fit_max_model_len=config.max_model_len is None,
         num_blocks=args.num_gpu_blocks_override,
     )
+
+
+def round_down(num_bytes: int) -> int:
+    """At most 1/16 less, so that what is free by chance changes the size of the cache, which compiled graphs depend on,
+    in few steps."""
+    unit = 1 << max(0, num_bytes.bit_length() - 5)
+    return num_bytes // unit * unit
 
 
 def _cpu_kv_bytes() -> int | None:

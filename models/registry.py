@@ -7,10 +7,12 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import ModelConfig
+
+if TYPE_CHECKING:
+    from importlib import metadata
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +121,8 @@ def _load_plugins() -> None:
 
     A broken one raises RuntimeError naming it, at every lookup: a server must not start without a model it was given.
     """
+    from importlib import metadata  # slow to import, and a server listens before it looks anything up
+
     global _plugins_loaded
     with _plugins_lock:
         if _plugins_loaded:

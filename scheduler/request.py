@@ -53,8 +53,8 @@ class Request:
 
     __slots__ = (
         "blocks", "end_token_ids", "length_limit", "num_cached_tokens", "num_computed", "num_preemptions",
-        "num_prompt_logprobs", "num_prompt_tokens", "order", "queued_time", "row", "scheduled_time", "source",
-        "status", "token_ids",
+        "num_prompt_logprobs", "num_prompt_tokens", "num_unread", "order", "queued_time", "row", "scheduled_time",
+        "source", "status", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -78,6 +78,7 @@ class Request:
         self.end_token_ids = frozenset(params.stop_token_ids or ()).union(
             () if params.ignore_eos else source.eos_token_ids
         )
+        self.num_unread = 0  # tokens sampled by the steps in flight, not in token_ids yet
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first scheduled
         self.num_preemptions = 0
         self.num_prompt_logprobs = 0  # reported so far: prompt positions 1 to this one

@@ -13,7 +13,16 @@ from typing import Any
 
 import msgspec
 
-MAX_NUM_SEQUENCES = int(os.environ.get("VLLM_MAX_N_SEQUENCES") or 16384)  # vLLM's name for the same limit
+
+def _read_max_num_sequences() -> int:
+    """Under vLLM's name for the same limit; raises ValueError."""
+    text = os.environ.get("VLLM_MAX_N_SEQUENCES", "").strip() or "16384"
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"VLLM_MAX_N_SEQUENCES must be a whole number, 1 or more: {text}")
+    return int(text)
+
+
+MAX_NUM_SEQUENCES = _read_max_num_sequences()
 MAX_BAD_WORDS = 128
 # Of all stop strings, and of all bad words, together: both are prepared where other requests wait.
 MAX_STOP_CHARACTERS = 8192

@@ -53,7 +53,8 @@ class _Draft:
         return not self.decode_requests and not self.chunks
 
     def add(self, request: Request, num_computed: int, count: int, new_block_ids: list[int]) -> None:
-        samples = num_computed + count == len(request.token_ids)
+        samples = num_computed + count == len(request.token_ids) + request.num_unread
+        request.num_unread += samples
         if samples and count == 1:
             self.decode_requests.append(request)
             self.decode_rows.append(request.row)
@@ -72,10 +73,12 @@ class Scheduler:
     (its prefix usually still cached); the first in line therefore always goes on, and a request that could not run even
     alone is refused by `add`.
 
-    `num_computed` advances when a step is planned, tokens are appended when its output is read. A request whose last
-    token is still being sampled has nothing to catch up with and is left out of a plan made meanwhile, so plans may be
-    made ahead; their outputs must come in the order of the plans. The entries of a step in flight hold the request, not
-    its id or row: what arrives for a request that has been aborted meanwhile is dropped.
+    `num_computed` advances when a step is planned, tokens are appended when its output is read. In between a request
+    has `num_unread` tokens that the device knows and the host does not, and the next plan computes them all the same:
+    plans may be made ahead, and their outputs must come in the order of the plans. What a plan computes for a request
+    that turns out to have ended before is dropped. A request is not planned beyond its longest length, and a preempted
+    one comes back only when all its tokens are read. The entries of a step in flight hold the request, not its id or
+    row: what arrives for a request that has been aborted meanwhile is dropped.
     """
 
     def __init__(self, config: SchedulerConfig, kv: KVCacheManager) -> None:
@@ -138,6 +141,8 @@ class Scheduler:
                 continue
             token_ids = request.token_ids
             num_before = len(token_ids)
+            if tokens:
+                request.num_unread -= 1
             end_token_ids, limit = request.end_token_ids, request.length_limit
             ending = None
             for token_id in tokens:
@@ -156,6 +161,9 @@ class Scheduler:
                 )
             elif tokens or prompt_logprobs:
                 updates.append(_full_update(request, num_before, logprobs, prompt_logprobs, ending))
+        for request in ended:
+            # A block may have waited for the very token that ends the request.
+            self.kv.publish(request.blocks, request.token_ids, request.num_computed)
         if ended:
             self._release(ended)
         return updates
@@ -163,6 +171,12 @@ class Scheduler:
     @property
     def has_unfinished(self) -> bool:
         return bool(self.requests)
+
+    @property
+    def next_output_is_dropped(self) -> bool:
+        """Whether the oldest step in flight computes nothing for a request that still runs or waits."""
+        finished = RequestStatus.FINISHED
+        return bool(self._in_flight) and all(request.status is finished for request in self._in_flight[0][1])
 
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
@@ -246,8 +260,11 @@ class Scheduler:
                     continue
             index += 1
             blocks, num_computed = request.blocks, request.num_computed
-            count = len(request.token_ids) - num_computed
+            num_tokens = len(request.token_ids) + request.num_unread
+            count = num_tokens - num_computed
             if count == 1:  # what `_Draft.add` does, spelled out: this is the path of every decoding request
+                if request.num_unread and num_tokens >= request.length_limit:
+                    continue  # a token in flight is its last
                 new_block_ids = none_new
                 if num_computed >= blocks.capacity:
                     new_block_ids = self._grow(request, num_computed + 1, draft)
@@ -258,6 +275,7 @@ class Scheduler:
                 decode_computed.append(num_computed)
                 decode_block_ids.append(new_block_ids)
                 draft.budget -= 1
+                request.num_unread += 1
                 num_computed += 1
                 request.num_computed = num_computed
                 if num_computed >= blocks.next_publish:
@@ -287,7 +305,7 @@ class Scheduler:
     def _admit(self, request: Request, draft: _Draft, is_urgent: bool = False) -> bool:
         """Let the head of the queue run, if budget, rows and blocks allow. An urgent one takes the place of less urgent
         requests, all of which stand behind those planned so far."""
-        if not self._free_rows and not is_urgent:
+        if request.num_unread or (not self._free_rows and not is_urgent):
             return False
         kv, token_ids = self.kv, request.token_ids
         prefix_ids = kv.find_prefix(request.blocks, token_ids) if request.reads_prefix_cache else []

@@ -11,11 +11,13 @@ from .. import __version__
 from .body import MAX_BODY_BYTES
 from .chat import create_chat_completion
 from .completions import create_completion
-from .context import CONTEXT, ServerContext, ServerSettings, printable
+from .context import CONTEXT, ServerContext, printable
+from .cors import install, preflight
 from .errors import json_response
 from .http_metrics import HttpMetrics
 from .middleware import api_key_guard, errors, load_tracker, observer
 from .responses import ModelCard, ModelList
+from .settings import ServerSettings
 from .tokenization import detokenize, tokenize
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
     unlogged = frozenset(settings.unlogged_paths)
     middlewares: list[Any] = [observer(metrics, logs=settings.access_log, unlogged_paths=unlogged), errors]
     if settings.cors.origins:
-        middlewares.append(settings.cors.preflight())
+        middlewares.append(preflight(settings.cors))
     if settings.api_keys:
         middlewares.append(api_key_guard(settings.api_keys, settings.root_path))
     if settings.enable_server_load_tracking:
@@ -58,7 +60,7 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
             ]
         )
     if settings.cors.origins:
-        settings.cors.install(app)
+        install(settings.cors, app)
     if settings.enable_request_id_headers:
         app.on_response_prepare.append(_add_request_id)
     return app

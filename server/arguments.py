@@ -14,6 +14,7 @@ from ..engine.config import EngineArgs
 from .vllm_flags import VLLM_FLAGS
 
 _ALIASES = {
+    "compilation_config": ["-O", "-cc"],
     "data_parallel_size": ["-dp"],
     "gpu_memory_utilization": ["--device-memory-utilization"],
     "pipeline_parallel_size": ["-pp"],
@@ -30,11 +31,13 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, command: str, takes: str, description: str) -> None:
         name = f"omni-engine {command}"
-        super().__init__(prog=name, usage=f"{name} {takes} [options]", description=description, allow_abbrev=False)
+        usage = " ".join(filter(None, (name, takes, "[options]")))
+        super().__init__(prog=name, usage=usage, description=description, allow_abbrev=False)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse; a usage error ends the process with status 2."""
-        arguments, unknown = self.parse_known_intermixed_args([_with_dashes(word) for word in argv])
+        words = self._join_dotted([_with_dashes(word) for word in argv])
+        arguments, unknown = self.parse_known_intermixed_args(words)
         # A value of an unknown flag is unknown too, but it is the flag that is wrong.
         wrong = [word for word in unknown if re.match(r"--?[A-Za-z]", word)]
         if wrong:
@@ -42,6 +45,32 @@ class CommandParser(argparse.ArgumentParser):
         if unknown:
             self.error(f"too many arguments; quote text that holds spaces: {unknown[0]}")
         return arguments
+
+    def _join_dotted(self, words: list[str]) -> list[str]:
+        """`--flag.key.part value` of a flag that takes a JSON object, several of them together as one object."""
+        kept: list[str] = []
+        joined: dict[str, dict[str, Any]] = {}
+        rest = iter(words)
+        for word in rest:
+            name, equals, value = word.partition("=")
+            flag, dot, path = name.partition(".")
+            action = self._option_string_actions.get(flag)
+            if not dot or action is None or action.type not in (parse_json_object, parse_compilation_config):
+                kept.append(word)
+                continue
+            if not equals:
+                value = next(rest, "")
+            *parents, last = path.split(".")
+            target = joined.setdefault(flag, {})
+            for parent in parents:
+                target = target.setdefault(parent, {})
+            try:
+                target[last] = json.loads(value)
+            except ValueError:
+                target[last] = value  # a plain word
+        for flag, value in joined.items():
+            kept += [flag, json.dumps(value)]
+        return kept
 
     def find_flag(self, flag: str) -> argparse.Action:
         """The long flag `flag`; one that is unknown is a usage error."""
@@ -92,8 +121,10 @@ def _add_field(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
     if bool in kinds:
         group.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
         return
-    if get_origin(hint) is list:
+    lists = [kind for kind in (hint, *kinds) if get_origin(kind) is list]
+    if lists:
         options["nargs"] = "+"
+        kinds = get_args(lists[0])
     if "choices" in field.metadata:
         options["choices"] = field.metadata["choices"]
     else:
@@ -111,6 +142,8 @@ def _help(field: dataclasses.Field[Any]) -> str:
 
 
 def _converter(field: dataclasses.Field[Any], kinds: tuple[Any, ...]) -> Callable[[str], Any]:
+    if field.name == "compilation_config":
+        return parse_compilation_config
     if field.metadata.get("json"):
         return parse_json_object
     if field.metadata.get("size"):
@@ -150,6 +183,11 @@ def parse_json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"not a JSON object: {text}")
     return value
+
+
+def parse_compilation_config(text: str) -> dict[str, Any]:
+    """A JSON object, or the number of a mode, as in -O3."""
+    return {"mode": int(text)} if text.isdecimal() else parse_json_object(text)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     chat = _ChatCompletion(context, body, params, response_id, context.priority(request, body))
     context.log_request(response_id, params)
     if body.stream:
-        return await send_events(request, chat.chunks())
+        return await send_events(request, chat.chunks(), context.settings.keep_alive_seconds)
     return json_response(await chat.response())
 
 
@@ -111,16 +111,18 @@ class _ChatCompletion:
                 final = output
         assert final is not None  # the engine ends a stream with an output or an error
         wants_ids = self.body.return_token_ids
+        num_tokens = sum(len(completion.token_ids) for completion in final.outputs)
         return ChatCompletionResponse(
             self.id,
             self.created,
             self.context.model_name,
             [self._choice(completion) for completion in final.outputs],
-            self._usage(final, sum(len(completion.token_ids) for completion in final.outputs)),
+            self._usage(final, num_tokens),
             system_fingerprint=self.context.settings.fingerprint,
             prompt_logprobs=prompt_logprobs(final.prompt_logprobs),
             prompt_token_ids=final.prompt_token_ids if wants_ids else None,
             prompt_text=self.prompt_text if self.body.return_prompt_text else None,
+            metrics=self.context.metrics(final, num_tokens) if self.params.n == 1 else None,
         )
 
     def _choice(self, completion: CompletionOutput) -> ChatChoice:
@@ -167,6 +169,9 @@ class _ChatCompletion:
         if include_usage and last is not None:
             chunk = self._chunk([])
             chunk.usage = self._usage(last, sum(num_tokens))
+            metrics = self.context.metrics(last, num_tokens[0]) if self.params.n == 1 else None
+            if metrics is not None:
+                chunk.metrics = metrics
             self.context.sign(chunk)
             yield chunk
 

@@ -1,4 +1,4 @@
-"""The command line: `omni-engine serve | generate | chat | bench`."""
+"""The command line: `omni-engine serve | generate | chat | bench | compile | graph`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _COMMANDS = {
     "generate": "complete a prompt on the terminal",
     "chat": "talk to a model on the terminal",
     "bench": "measure an engine or a running server",
+    "compile": "compile a model's decode graphs ahead",
+    "graph": "list, check, carry and remove compiled graphs",
 }
 
 
@@ -53,6 +55,15 @@ def _run(command: str, words: list[str]) -> int:
         from .bench.commands import run_bench
 
         return run_bench(words)
+    if command == "graph":
+        from .graph_commands import run_graph
+
+        return run_graph(words)
+    if command == "compile":
+        from .compile_command import compile_parser, run_compile
+
+        parser = compile_parser()
+        return run_compile(parser, parser.parse(words))
     from .terminal import chat_parser, generate_parser, run_chat, run_generate
 
     parser = generate_parser() if command == "generate" else chat_parser()

@@ -40,7 +40,7 @@ async def create_completion(request: web.Request) -> web.StreamResponse:
     completion = _Completion(context, body, prompts, params, response_id, context.priority(request, body))
     context.log_request(response_id, params)
     if body.stream:
-        return await send_events(request, completion.chunks())
+        return await send_events(request, completion.chunks(), context.settings.keep_alive_seconds)
     return json_response(await completion.response())
 
 
@@ -104,8 +104,9 @@ class _Completion:
         usage = self.context.usage(list(finals.values()), 0 if self.echoes_only else num_tokens)
         fingerprint = self.context.settings.fingerprint
         return CompletionResponse(
-            self.id, self.created, self.context.model_name, choices, usage, system_fingerprint=fingerprint
-        )
+            self.id, self.created, self.context.model_name, choices, usage, system_fingerprint=fingerprint,
+            metrics=self.context.metrics(finals[0], num_tokens) if len(choices) == 1 else None,
+        )  # fmt: skip
 
     def _choice(self, place: int, output: RequestOutput, completion: CompletionOutput) -> CompletionChoice:
         text, logprobs = self._content(place, output, completion, echo=bool(self.body.echo), offset=0)
@@ -116,7 +117,7 @@ class _Completion:
             completion.finish_reason,
             completion.stop_reason,
             token_ids=completion.token_ids if self.body.return_token_ids else None,
-            prompt_logprobs=prompt_logprobs(output.prompt_logprobs) if self.body.prompt_logprobs is not None else None,
+            prompt_logprobs=prompt_logprobs(output.prompt_logprobs),
             prompt_token_ids=output.prompt_token_ids if self.body.return_token_ids else None,
         )
 
@@ -164,6 +165,9 @@ class _Completion:
         if include_usage:
             chunk = CompletionChunk(self.id, self.created, self.context.model_name, [])
             chunk.usage = self.context.usage(list(prompts.values()), sum(state.num_tokens for state in choices))
+            metrics = self.context.metrics(prompts[0], choices[0].num_tokens) if len(choices) == 1 else None
+            if metrics is not None:
+                chunk.metrics = metrics
             self.context.sign(chunk)
             yield chunk
 

@@ -6,18 +6,18 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from ..engine.outputs import RequestOutput
 from ..scheduler.sampling_params import SamplingParams
-from .cors import CorsPolicy
 from .environment import read_flag
 from .errors import RequestError, invalid_value
 from .protocol import GenerationRequest
+from .request_metrics import RequestMetrics, request_metrics
 from .responses import ChatChunk, CompletionChunk, PromptTokensDetails, Usage
+from .settings import ServerSettings
 
 if TYPE_CHECKING:
     from ..engine.async_engine import AsyncEngine
@@ -25,30 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 PRIORITY_HEADER = "X-Vllm-Priority"
 SKIP_MODEL_NAME_VALIDATION = read_flag("VLLM_SKIP_MODEL_NAME_VALIDATION")
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """What the command line says about the HTTP side."""
-
-    model: str = ""  # the checkpoint, as it was named
-    served_model_names: tuple[str, ...] = ()  # the first is reported; none: `model`
-    api_keys: tuple[str, ...] = ()
-    chat_template: str | None = None  # source text
-    response_role: str = "assistant"
-    trust_request_chat_template: bool = False
-    default_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    return_tokens_as_token_ids: bool = False
-    enable_prompt_tokens_details: bool = False
-    enable_force_include_usage: bool = False
-    enable_request_id_headers: bool = False
-    enable_server_load_tracking: bool = False
-    enable_log_requests: bool = False
-    access_log: bool = True
-    unlogged_paths: tuple[str, ...] = ()  # left out of the access log
-    root_path: str = ""  # where a proxy shows this server, without a slash at the end
-    fingerprint: str | None = None  # system_fingerprint of responses
-    cors: CorsPolicy = field(default_factory=CorsPolicy)
 
 
 class ServerContext:
@@ -112,6 +88,12 @@ class ServerContext:
         options = body.stream_options
         include = options is not None and bool(options.include_usage)
         return include, include and options is not None and bool(options.continuous_usage_stats)
+
+    def metrics(self, output: RequestOutput, num_tokens: int) -> RequestMetrics | None:
+        """What the operator wants requests of one sequence to tell about themselves."""
+        if not self.settings.enable_per_request_metrics:
+            return None
+        return request_metrics(output.metrics, num_tokens)
 
     def tokens_as_ids(self, body: GenerationRequest) -> bool:
         if body.return_tokens_as_token_ids is None:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from ..engine.errors import EngineDeadError, EngineRestartError, RequestRejectedError
+from ..engine.errors import EngineDeadError, EngineRestartError, EngineShutdownError, RequestRejectedError
 from ..scheduler.sampling_params import ValidationError
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def error_info(error: BaseException) -> ErrorInfo:
         return ErrorInfo(_printable(str(error)), "BadRequestError", error.parameter, 400)
     if isinstance(error, RequestRejectedError):
         return ErrorInfo(_printable(str(error)), HTTPStatus.SERVICE_UNAVAILABLE.phrase, None, 503)
-    if isinstance(error, EngineRestartError):
+    if isinstance(error, (EngineRestartError, EngineShutdownError)):
         return ErrorInfo(_printable(str(error)), "ServiceUnavailableError", None, 503)
     if isinstance(error, EngineDeadError):
         return ErrorInfo(ENGINE_DEAD_MESSAGE, "ServiceUnavailableError", None, 503)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 import msgspec
 
@@ -10,6 +10,7 @@ import msgspec
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Truncation = Annotated[int, msgspec.Meta(ge=-1, le=2**63 - 1)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 MAX_CACHE_SALT_CHARACTERS = 128
 
@@ -59,6 +60,11 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 
+    # Without effect here, as for vLLM without the feature that reads them; still, a wrong type is a mistake.
+    user: str | None = None
+    session_id: str | None = None
+    length_penalty: float | None = None
+
     use_beam_search: Any = None
     response_format: Any = None
     structured_outputs: Any = None
@@ -95,13 +101,18 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     top_logprobs: Int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: ReasoningEffort | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     documents: list[dict[str, Any]] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_prompt_text: bool | None = None
+
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    media_io_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
 
     functions: Any = None
     function_call: Any = None

@@ -84,7 +84,7 @@ def check_completion(request: CompletionRequest) -> list[str | list[int]]:
     prompts = _split_prompts(request.prompt)
     if len(prompts) > MAX_PROMPTS:
         raise value_error(f"`prompt` may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", "prompt")
-    if len(prompts) * max(request.n or 1, 1) > MAX_NUM_SEQUENCES:
+    if len(prompts) > 1 and len(prompts) * max(request.n or 1, 1) > MAX_NUM_SEQUENCES:
         raise value_error(
             f"the number of prompts times n must be at most {MAX_NUM_SEQUENCES}, got {len(prompts)} times {request.n}.",
             "n",

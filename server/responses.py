@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from .request_metrics import RequestMetrics
+
 PromptLogprobs = list[dict[int, dict[str, Any]] | None]
 
 
@@ -59,7 +61,7 @@ class CompletionResponse(msgspec.Struct):
     system_fingerprint: str | None = None
     kv_transfer_params: None = None
     ec_transfer_params: None = None
-    metrics: None = None
+    metrics: RequestMetrics | None = None
 
 
 class CompletionChunkChoice(msgspec.Struct):
@@ -79,6 +81,7 @@ class CompletionChunk(msgspec.Struct):
     choices: list[CompletionChunkChoice]
     object: str = "text_completion"
     usage: Usage | UnsetType = UNSET
+    metrics: RequestMetrics | UnsetType = UNSET
     system_fingerprint: str | UnsetType = UNSET
 
 
@@ -132,7 +135,7 @@ class ChatCompletionResponse(msgspec.Struct):
     prompt_token_ids: list[int] | None = None
     prompt_text: str | None = None
     kv_transfer_params: None = None
-    metrics: None = None
+    metrics: RequestMetrics | None = None
 
 
 class ChatDelta(msgspec.Struct):
@@ -157,6 +160,7 @@ class ChatChunk(msgspec.Struct):
     object: str = "chat.completion.chunk"
     prompt_token_ids: list[int] | UnsetType = UNSET
     usage: Usage | UnsetType = UNSET
+    metrics: RequestMetrics | UnsetType = UNSET
     system_fingerprint: str | UnsetType = UNSET
 
 

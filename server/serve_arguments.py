@@ -12,13 +12,15 @@ from typing import Any
 
 from .. import __version__
 from ..engine.config import DEMO_MODEL, EngineArgs
+from ..engine.core_launch import DEFAULT_STEP_TIMEOUT_SECONDS
 from ..engine.logs import FORMATS, LEVELS
 from .arguments import CommandParser, add_engine_arguments, parse_json_object, parse_size
-from .context import ServerSettings
-from .cors import CorsPolicy
-from .listener import HeaderLimits, TlsFiles
+from .environment import read_number
+from .settings import CorsPolicy, ServerSettings
+from .sockets import HeaderLimits, TlsFiles
 
 DEMO_NAME = "demo"  # what the API calls the bundled model, whose path is an installation's own affair
+STEP_TIMEOUT_VARIABLE = "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"
 FINGERPRINT_MODES = ("full", "hash", "none")
 
 
@@ -50,6 +52,8 @@ def _add_listening(group: Any) -> None:
     add("--ssl-cert-reqs", type=int, choices=(0, 1, 2), default=0,
         help="clients need 0: no certificate, 1: if any then a valid one, 2: a valid one (default: 0)")  # fmt: skip
     add("--ssl-ciphers", help="ciphers in OpenSSL's format")
+    add("--enable-ssl-refresh", action=argparse.BooleanOptionalAction, default=False,
+        help="load the certificate anew when its files change")  # fmt: skip
     limits = HeaderLimits()
     add("--h11-max-incomplete-event-size", type=parse_size, default=limits.field_bytes, metavar="BYTES",
         help=f"largest request line or header (default: {limits.field_bytes})")  # fmt: skip
@@ -59,6 +63,9 @@ def _add_listening(group: Any) -> None:
         help="seconds that running requests may take to end after SIGTERM (default: 0, they are aborted)")  # fmt: skip
     add("--restart-core", action=argparse.BooleanOptionalAction, default=False,
         help="load a lost engine core anew instead of ending the server; its requests get an error")  # fmt: skip
+    add("--engine-hang-timeout", type=parse_seconds, metavar="SECONDS",
+        help="the core counts as hung, and is killed, after so long in one step; 0: never (default: 300, or "
+        f"{STEP_TIMEOUT_VARIABLE})")  # fmt: skip
 
 
 def _add_api(group: Any) -> None:
@@ -82,7 +89,10 @@ def _add_api(group: Any) -> None:
     add_switch("--enable-force-include-usage", "send usage in every stream, in every chunk")
     add_switch("--enable-request-id-headers", "send X-Request-Id with every response")
     add_switch("--enable-server-load-tracking", "count the requests in progress, for /load")
-    add("--fingerprint-mode", choices=FINGERPRINT_MODES, default="full",
+    add_switch("--enable-per-request-metrics", "report the times of a request with one sequence in its answer")
+    add("--sse-keep-alive-interval", type=parse_seconds, default=0.0, metavar="SECONDS",
+        help="send a comment in streams that say nothing for so long; 0: none (default: 0)")  # fmt: skip
+    add("--fingerprint-mode", type=parse_fingerprint_mode, choices=FINGERPRINT_MODES, default="full",
         help="system_fingerprint of responses: version and a hash of the settings, hash, none (full)")  # fmt: skip
 
 
@@ -118,6 +128,23 @@ def parse_paths(text: str) -> list[str]:
     return [path.strip() for path in text.split(",") if path.strip()]
 
 
+def parse_seconds(text: str) -> float:
+    """A finite number, not negative."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"not a number of seconds, 0 or more: {text}")
+    return seconds
+
+
+def parse_fingerprint_mode(text: str) -> str:
+    if text == "custom":
+        raise argparse.ArgumentTypeError(f"not supported yet: {text}")
+    return text
+
+
 def server_settings(arguments: argparse.Namespace, args: EngineArgs) -> ServerSettings:
     """What the HTTP side is told; raises ValueError if the chat template cannot be read."""
     root_path = arguments.root_path.strip("/")
@@ -135,6 +162,8 @@ def server_settings(arguments: argparse.Namespace, args: EngineArgs) -> ServerSe
         enable_force_include_usage=arguments.enable_force_include_usage,
         enable_request_id_headers=arguments.enable_request_id_headers,
         enable_server_load_tracking=arguments.enable_server_load_tracking,
+        enable_per_request_metrics=arguments.enable_per_request_metrics,
+        keep_alive_seconds=arguments.sse_keep_alive_interval,
         enable_log_requests=arguments.enable_log_requests,
         access_log=not arguments.disable_uvicorn_access_log,
         unlogged_paths=tuple(arguments.disable_access_log_for_endpoints),
@@ -158,9 +187,10 @@ def tls_files(parser: CommandParser, arguments: argparse.Namespace) -> TlsFiles 
         "ciphers": arguments.ssl_ciphers,
     }
     if arguments.ssl_certfile is None:
-        given = [name for name, value in rest.items() if value]
+        given = [f"--ssl-{name.replace('_', '-')}" for name, value in rest.items() if value]
+        given += ["--enable-ssl-refresh"] * arguments.enable_ssl_refresh
         if given:
-            parser.error(f"HTTPS needs --ssl-certfile too, beside: --ssl-{given[0].replace('_', '-')}")
+            parser.error(f"HTTPS needs --ssl-certfile too, beside: {given[0]}")
         return None
     return TlsFiles(arguments.ssl_certfile, **rest)
 
@@ -170,6 +200,12 @@ def header_limits(parser: CommandParser, arguments: argparse.Namespace) -> Heade
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1: {getattr(arguments, name)}")
     return HeaderLimits(arguments.h11_max_incomplete_event_size, arguments.h11_max_header_count)
+
+
+def step_timeout(arguments: argparse.Namespace) -> float:
+    """Seconds in one step after which the core counts as hung; raises ValueError for a wrong variable."""
+    given = arguments.engine_hang_timeout
+    return read_number(STEP_TIMEOUT_VARIABLE, DEFAULT_STEP_TIMEOUT_SECONDS) if given is None else given
 
 
 def fingerprint(mode: str, args: EngineArgs) -> str | None:

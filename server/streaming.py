@@ -15,6 +15,7 @@ from .errors import ErrorResponse, caller_errors, error_info
 
 _encoder = msgspec.json.Encoder()
 _DONE = b"data: [DONE]\n\n"
+_PAUSE = object()
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -74,12 +75,17 @@ def _closing(stream: AsyncIterator[RequestOutput]) -> aclosing[AsyncGenerator[Re
     return aclosing(cast("AsyncGenerator[RequestOutput, None]", stream))
 
 
-async def send_events(request: web.Request, events: AsyncGenerator[Any, None]) -> web.StreamResponse:
+async def send_events(
+    request: web.Request, events: AsyncGenerator[Any, None], keep_alive_seconds: float = 0.0
+) -> web.StreamResponse:
     """Answer with `events`, structs or plain data, as server-sent events, and a closing [DONE].
 
     The response begins with the first event, so that what fails before it gets its own status; what fails after it
-    becomes an error event.
+    becomes an error event. With `keep_alive_seconds` it begins that early at the latest, and a comment is sent
+    whenever it has been quiet for so long.
     """
+    if keep_alive_seconds:
+        events = _with_pauses(events, keep_alive_seconds)
     async with aclosing(events):
         first = await anext(events)
         response = web.StreamResponse(headers=_HEADERS)
@@ -105,6 +111,26 @@ async def _write_rest(response: web.StreamResponse, events: AsyncGenerator[Any, 
         await response.write(event_bytes(event))
 
 
+async def _with_pauses(events: AsyncGenerator[Any, None], seconds: float) -> AsyncGenerator[Any, None]:
+    """`events`, and `_PAUSE` wherever the next one takes longer than so many seconds."""
+    async with aclosing(events):
+        while True:
+            coming = asyncio.ensure_future(anext(events))
+            try:
+                while not (await asyncio.wait({coming}, timeout=seconds))[0]:
+                    yield _PAUSE
+            finally:
+                coming.cancel()  # no effect once it has come
+                await asyncio.gather(coming, return_exceptions=True)
+            try:
+                event = coming.result()
+            except StopAsyncIteration:
+                return
+            yield event
+
+
 def event_bytes(event: Any) -> bytes:
-    """One server-sent event holding `event` as JSON."""
+    """One server-sent event holding `event` as JSON, or the comment of a pause."""
+    if event is _PAUSE:
+        return b": keep-alive\n\n"
     return b"data: " + _encoder.encode(event) + b"\n\n"

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 _NAMES = """
---allowed-local-media-path --allowed-media-domains --api-server-count --async-scheduling --attention-backend
---attention-config --chat-template-content-format --collect-detailed-traces --compilation-config --config-format
---convert --cpu-offload-gb --cudagraph-capture-sizes --custom-histogram-buckets --data-parallel-address
+--allowed-local-media-path --allowed-media-domains --api-server-count --attention-backend
+--attention-config --chat-template-content-format --collect-detailed-traces --config-format
+--convert --cpu-offload-gb --custom-histogram-buckets --data-parallel-address
 --data-parallel-backend --data-parallel-external-lb --data-parallel-hybrid-lb --data-parallel-rank
 --data-parallel-rpc-port --data-parallel-size-local --data-parallel-start-rank --decode-context-parallel-size
 --disable-fastapi-docs --distributed-executor-backend --enable-auto-tool-choice --enable-expert-parallel
---enable-log-outputs --enable-lora --enable-per-request-metrics --enable-prompt-embeds --enable-sleep-mode
---enable-ssl-refresh --enable-tokenizer-info-endpoint --exclude-tools-when-tool-choice-none --hf-token
+--enable-log-outputs --enable-lora --enable-prompt-embeds --enable-sleep-mode
+--enable-tokenizer-info-endpoint --exclude-tools-when-tool-choice-none --hf-token
 --kv-cache-dtype --kv-cache-metrics --kv-events-config --kv-offloading-backend --kv-offloading-size
 --kv-transfer-config --limit-mm-per-prompt --log-error-stack --logits-processors --lora-dtype --lora-modules
 --max-cpu-loras --max-log-len --max-lora-rank --max-loras --middleware --mm-processor-kwargs --model-impl
 --nnodes --node-rank --otlp-traces-endpoint --pooler-config --prefill-context-parallel-size
 --prefix-caching-hash-algo --profiler-config --reasoning-parser --reasoning-parser-plugin --runner
 --show-hidden-metrics-for-version --spec-method --spec-model --spec-tokens --speculative-config
---sse-keep-alive-interval --stream-interval --structured-outputs-config --tokenizer-revision --tool-call-parser
---tool-parser-plugin --tool-strict-level --trust-request-mm-kwargs --uvicorn-log-level -ac -asc -cc -dcp -dpa
--dpb -dpe -dph -dpl -dpn -dpp -dpr -ep -n -O -O0 -O1 -O2 -O3 -pcp -r -sc
+--stream-interval --structured-outputs-config --tokenizer-revision --tool-call-parser
+--tool-parser-plugin --tool-strict-level --trust-request-mm-kwargs --uvicorn-log-level -ac -asc -dcp -dpa
+-dpb -dpe -dph -dpl -dpn -dpp -dpr -ep -n -pcp -r -sc
 """
 VLLM_FLAGS = frozenset(_NAMES.split())

@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}<|assistant|>{{ message['content'] }}{{ eos_token }}"
     "{% elif message['role'] == 'user' %}<|user|>{{ message['content'] }}"
-    "{% elif message['role'] == 'system' %}<|system|>{{ message['content'] }}"
+    "{% elif message['role'] in ('system', 'developer') %}<|system|>{{ message['content'] }}"
     "{% else %}{{ raise_exception('this model knows the roles system, user and assistant: ' + message['role']) }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )

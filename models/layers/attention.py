@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ...ops.attention import paged_decode_attention, paged_prefill_attention, write_kv_cache
+from ...ops.attention import paged_prefill_attention, write_kv_cache
 from ...ops.rope import apply_rope
 from ..config import ModelConfig
 from ..forward_context import ForwardContext
@@ -25,6 +25,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, placement: Placement) -> None:
         super().__init__()
+        self.ops = placement.ops
         self.head_dim = config.head_dim
         self.scale = config.head_dim**-0.5
         self.interleaved = config.rope.interleaved
@@ -60,7 +61,7 @@ class Attention(nn.Module):
         decoding = context.num_decode
         outputs = []
         if decoding:
-            decoded = paged_decode_attention(
+            decoded = self.ops.table.paged_decode_attention(
                 query[:decoding],
                 key_cache,
                 value_cache,

@@ -73,6 +73,7 @@ class CausalDecoder(nn.Module):
         super().__init__()
         self.config = config
         placement = Placement(layout, dtype, device)
+        self.ops = placement.ops
         self.embedding = Embedding(config.vocab_size, config.hidden_size, placement)
         self.rotary = RotaryTable(
             config.rope, max(config.derived_max_model_len, config.max_position_embeddings), device

@@ -16,6 +16,7 @@ class Embedding(nn.Module):
 
     def __init__(self, vocab_size: int, hidden_size: int, placement: Placement) -> None:
         super().__init__()
+        self.ops = placement.ops
         self.weight = placement.empty(vocab_size, hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -24,7 +25,7 @@ class Embedding(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, hidden] -> float32 [n, vocab]: the table as output head."""
-        return functional.linear(hidden, self.weight).float()
+        return self.ops.table.linear(hidden, self.weight).float()
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield WeightSlot(f"{prefix}.weight", self.weight)

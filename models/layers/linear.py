@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..weights import Shard, WeightSlot
 from .placement import Placement
@@ -30,6 +29,7 @@ class ColumnLinear(nn.Module):
 
     def __init__(self, in_features: int, parts: tuple[Rows, ...], placement: Placement, *, bias: bool = False) -> None:
         super().__init__()
+        self.ops = placement.ops
         self.parts = parts
         self.shards: list[Shard | None] = []
         self.sizes: list[int] = []
@@ -43,7 +43,7 @@ class ColumnLinear(nn.Module):
         self.bias = placement.empty(sum(self.sizes)) if bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self.weight, self.bias)
+        return self.ops.table.linear(hidden, self.weight, self.bias)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Slots of `{prefix}{part}.weight` and, with a bias, `{prefix}{part}.bias`."""
@@ -66,6 +66,7 @@ class RowLinear(nn.Module):
         self, name: str, units: int, unit: int, out_features: int, placement: Placement, *, bias: bool = False
     ) -> None:
         super().__init__()
+        self.ops = placement.ops
         self.name = name
         start, stop = placement.layout.share(units, name)
         self.shard = Shard(1, start * unit, stop * unit, units * unit) if stop - start < units else None
@@ -73,7 +74,7 @@ class RowLinear(nn.Module):
         self.bias = placement.empty(out_features) if bias and placement.layout.tensor_rank == 0 else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self.weight, self.bias)
+        return self.ops.table.linear(hidden, self.weight, self.bias)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Slots of `{prefix}{name}.weight` and, with a bias, `{prefix}{name}.bias`."""

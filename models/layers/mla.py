@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ...ops.mla import mla_decode_attention, mla_prefill_attention, write_latent_cache
+from ...ops.mla import mla_prefill_attention, write_latent_cache
 from ...ops.rope import rotate
 from ..config import MLAConfig, ModelConfig
 from ..forward_context import ForwardContext
@@ -28,6 +28,7 @@ class MLAAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, mla: MLAConfig, placement: Placement) -> None:
         super().__init__()
+        self.ops = placement.ops
         self.mla = mla
         self.interleaved = config.rope.interleaved
         query_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
@@ -90,8 +91,9 @@ class MLAAttention(nn.Module):
         outputs = []
         if decoding:
             key_up, value_up = self.up_projection.split((self.mla.qk_nope_head_dim, self.mla.v_head_dim), dim=1)
-            attended = mla_decode_attention(
-                torch.einsum("rhn,hnl->rhl", query_nope[:decoding], key_up),
+            ops = self.ops.table
+            attended = ops.mla_decode_attention(
+                ops.head_linear(query_nope[:decoding], key_up, True),  # [n, heads, rank]
                 query_rope[:decoding],
                 latent_cache,
                 rope_key_cache,
@@ -99,7 +101,7 @@ class MLAAttention(nn.Module):
                 context.context_lens[:decoding],
                 self.scale,
             )
-            outputs.append(torch.einsum("rhl,hvl->rhv", attended, value_up))
+            outputs.append(ops.head_linear(attended, value_up))
         if context.prefill_query_lens:
             expanded = mla_prefill_attention(
                 query_nope[decoding:],

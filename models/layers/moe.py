@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from ...ops.moe import gate_topk, routed_experts
+from ...ops.moe import gate_topk
 from ..config import MoEConfig
 from ..weights import Shard, WeightSlot
 from .mlp import GatedMLP
@@ -23,6 +22,7 @@ class MoE(nn.Module):
 
     def __init__(self, hidden_size: int, moe: MoEConfig, placement: Placement, *, bias: bool = False) -> None:
         super().__init__()
+        self.ops = placement.ops
         self.moe = moe
         size = moe.intermediate_size
         start, stop = placement.layout.share(size, "expert intermediate size")
@@ -39,7 +39,7 @@ class MoE(nn.Module):
     def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [tokens, hidden] -> (weights float32, expert ids int64), both [tokens, experts_per_token]."""
         return gate_topk(
-            functional.linear(hidden.float(), self.gate),
+            self.ops.table.linear(hidden.float(), self.gate),
             self.moe.experts_per_token,
             scoring=self.moe.scoring,
             norm_topk_prob=self.moe.norm_topk_prob,
@@ -53,7 +53,7 @@ class MoE(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [tokens, hidden] -> [tokens, hidden]."""
         weights, expert_ids = self.route(hidden)
-        output = routed_experts(hidden, weights, expert_ids, self.gate_up, self.down)
+        output = self.ops.table.routed_experts(hidden, weights, expert_ids, self.gate_up, self.down)
         return output if self.shared_experts is None else output + self.shared_experts(hidden)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:

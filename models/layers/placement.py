@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from ...ops.table import BoundOps
 from ..parallel import ParallelLayout
 
 
@@ -17,6 +18,7 @@ class Placement:
     layout: ParallelLayout
     dtype: torch.dtype
     device: torch.device
+    ops: BoundOps = field(default_factory=BoundOps)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> nn.Parameter:
         """A parameter whose memory is not touched: the loader fills it, once."""

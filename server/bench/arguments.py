@@ -43,6 +43,11 @@ def count(text: str) -> int:
     return value
 
 
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Counts with commas between them, in rising order: 1,8,32."""
+    return tuple(sorted({positive_int(size) for size in text.split(",")}))
+
+
 def positive_float(text: str) -> float:
     """A number above 0; inf is one."""
     value = _number(text)

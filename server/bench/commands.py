@@ -1,4 +1,4 @@
-"""The four commands under `omni-engine bench`, and their help."""
+"""The commands under `omni-engine bench`, and their help."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ _COMMANDS = {
     "throughput": "complete many prompts in this process, as fast as it goes",
     "latency": "time one batch of equal requests, again and again",
     "startup": "time how long an engine takes to start, in fresh processes",
+    "graph": "time decode steps, compiled and eager, against the floor of the machine",
+    "host": "time what a decode step takes on the host, beside its graph",
 }
 
 
@@ -41,6 +43,15 @@ def run_bench(words: Sequence[str]) -> int:
 
         parser = latency_parser()
         return run_latency(parser, parser.parse(rest))
+    if command == "graph":
+        from .graph import graph_parser, run_graph
+
+        parser = graph_parser()
+        return run_graph(parser, parser.parse(rest))
+    if command == "host":
+        from .host import host_parser, run_host
+
+        return run_host(host_parser().parse(rest))
     from .startup import run_startup, startup_parser
 
     parser = startup_parser()

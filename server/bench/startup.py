@@ -1,4 +1,4 @@
-"""`omni-engine bench startup`: how long an engine takes to start, each time in a fresh process.
+"""`omni-engine bench startup`: how long an engine and a server take to start, each time in a fresh process.
 
 There is no compile cache yet, so a cold start differs from a warm one only by what the page cache of the operating
 system holds: the cold ones come first and find it as it is.
@@ -7,11 +7,16 @@ system holds: the cold ones come first and find it as it is.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +28,14 @@ from ..serve_arguments import take_model_argument
 from .arguments import BenchParser, count, positive_int, write_json
 from .latency import PERCENTAGES
 
+POLL_SECONDS = 0.005
+_COMMAND_LINE = f"{__name__.split('.', 1)[0]}.server.cli"
 _CHILD = f"from {__name__} import start_engine; start_engine()"
 _MEANING = (
-    "Time how long an engine takes to start, from the start of its process until it can serve. Each run is a fresh "
-    "process. Cold runs come first and find the page cache as it is; nothing is compiled yet, so warm ones differ only "
-    "by that, and all compilation times are 0."
+    "Time how long an engine takes to start, from the start of its process until it can serve, and how long a server "
+    "takes until /health answers at all and until it answers 200. Each run is a fresh process. Cold runs come first "
+    "and find the page cache as it is; nothing is compiled yet, so warm ones differ only by that, and all compilation "
+    "times are 0."
 )
 
 
@@ -49,8 +57,12 @@ def run_startup(parser: BenchParser, arguments: argparse.Namespace) -> int:
     take_model_argument(parser, arguments)
     args = engine_args(arguments)
 
-    def starts(name: str, number: int) -> list[float]:
-        return [time_start(args) for _ in trange(number, desc=name, disable=arguments.disable_tqdm)]
+    def starts(name: str, number: int) -> dict[str, list[float]]:
+        runs = trange(number, desc=name, disable=arguments.disable_tqdm)
+        rows = [(time_start(args), *time_server(args)) for _ in runs]
+        engine, health, ready = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
+        # Compilation takes no time, since nothing is compiled.
+        return {"startup": engine, "compilation": [0.0] * number, "first_health": health, "server_ready": ready}
 
     cold = starts("Cold startup iterations", arguments.num_iters_cold)
     starts("Warmup iterations", arguments.num_iters_warmup)
@@ -67,10 +79,10 @@ def run_startup(parser: BenchParser, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def phase_result(phase: str, seconds: list[float]) -> dict[str, Any]:
-    """The JSON keys of cold or warm starts. Compilation takes no time, since nothing is compiled."""
+def phase_result(phase: str, times: dict[str, list[float]]) -> dict[str, Any]:
+    """The JSON keys of cold or warm starts: what was timed, in seconds of each run."""
     result: dict[str, Any] = {}
-    for name, values in (("startup", seconds), ("compilation", [0.0] * len(seconds))):
+    for name, values in times.items():
         percentiles = np.percentile(values, PERCENTAGES).tolist()
         result[f"avg_{phase}_{name}_time"] = float(np.mean(values))
         result[f"{phase}_{name}_times"] = values
@@ -79,12 +91,12 @@ def phase_result(phase: str, seconds: list[float]) -> dict[str, Any]:
 
 
 def _print_phase(phase: str, result: dict[str, Any]) -> None:
-    names = ("startup", "compilation")
+    names = ("startup", "compilation", "first_health", "server_ready")
     print(f"\n{phase.upper()} STARTUP:")
     for name in names:
-        print(f"Avg {name} time: {result[f'avg_{phase}_{name}_time']:.2f} seconds")
+        print(f"Avg {name.replace('_', ' ')} time: {result[f'avg_{phase}_{name}_time']:.2f} seconds")
     for name in names:
-        print(f"{name.capitalize()} time percentiles:")
+        print(f"{name.replace('_', ' ').capitalize()} time percentiles:")
         for percentage, seconds in result[f"{phase}_{name}_percentiles"].items():
             print(f"  {percentage}%: {seconds:.2f} seconds")
 
@@ -110,6 +122,62 @@ def time_start(args: EngineArgs) -> float:
     if "error" in said:
         raise RuntimeError(f"the engine did not start: {said['error']}")
     return seconds
+
+
+def time_server(args: EngineArgs) -> tuple[float, float]:
+    """Seconds from the start of an `omni-engine serve` until /health answers, and until it answers 200.
+
+    Raises RuntimeError with the last thing that the server said if it ends before.
+    """
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
+        path = str(Path(folder) / "socket")
+        command = [sys.executable, "-m", _COMMAND_LINE, "serve", "--uds", path, *engine_words(args)]
+        begin = time.perf_counter()
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            first = None
+            while (status := _health(path)) != HTTPStatus.OK:
+                if first is None and status is not None:
+                    first = time.perf_counter() - begin
+                if process.poll() is not None:
+                    log.seek(0)
+                    raise RuntimeError(f"the server did not start: {' '.join(log.read().splitlines()[-1:])}")
+                time.sleep(POLL_SECONDS)
+            ready = time.perf_counter() - begin
+        finally:
+            process.terminate()
+            process.wait()
+    return ready if first is None else first, ready
+
+
+def _health(path: str) -> int | None:
+    """The status of /health; None where nobody answers yet."""
+    with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
+        client.connect(path)
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        words = client.recv(4096).split(None, 2)
+        return int(words[1]) if len(words) > 1 else None
+    return None
+
+
+def engine_words(args: EngineArgs) -> list[str]:
+    """The command line that comes to `args`."""
+    words: list[str] = []
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        if value == default:
+            continue
+        flag = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, dict):
+            words.append(f"--{flag}={json.dumps(value)}")
+        elif isinstance(value, list):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words.append(f"--{flag}={value}")
+    return words
 
 
 def start_engine() -> None:

@@ -9,7 +9,7 @@ from aiohttp import ClientSession, ClientTimeout, web
 
 from omni_engine import AsyncEngine, EngineArgs
 from omni_engine.server.app import build_app
-from omni_engine.server.context import ServerSettings
+from omni_engine.server.settings import ServerSettings
 
 NUM_CLIENTS = 200
 

@@ -13,21 +13,33 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
+MAIN = "from omni_engine.server.cli import main; import sys; sys.exit(main())"
+# The first core is one that hangs; one that is started anew is whole.
+HANGING = f"""
+import subprocess, sys
+from omni_engine.engine import core_launch
+start = subprocess.Popen
+def start_hanging(command, **options):
+    core_launch.subprocess.Popen = start
+    return start([sys.executable, {str(Path(__file__).with_name("hanging_core.py"))!r}, *command[3:]], **options)
+core_launch.subprocess.Popen = start_hanging
+"""
 BODY = {"prompt": "The harbour", "max_tokens": 3000, "ignore_eos": True, "stream": True}
 
 
 class Server:
     """A running `omni-engine serve` with a context long enough that streams run for many seconds."""
 
-    def __init__(self, path, *flags):
+    def __init__(self, path, *flags, program=MAIN):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-c", "from omni_engine.server.cli import main; import sys; sys.exit(main())"]
+        command = [sys.executable, "-c", program]
         self.process = subprocess.Popen(
             [*command, "serve", str(path), "--host", "127.0.0.1", "--port", str(self.port),
              "--dtype", "float32", *flags],
@@ -161,6 +173,52 @@ def test_with_restart_core_a_lost_core_is_replaced_and_requests_go_on(path, numb
         output, _ = server.process.communicate(timeout=10)
     assert server.process.returncode == 0, output
     assert "starting it anew" in output
+
+
+def test_a_core_that_hangs_in_a_step_is_lost_though_it_answers_pings(path):
+    server = Server(path, "--engine-hang-timeout", "1.5", program=HANGING + MAIN)
+    try:
+        streams = [Stream(server) for _ in range(2)]
+        assert all(stream.begun.wait(20) for stream in streams)
+        assert server.wait_health(503, 6) > 0.5
+        for stream in streams:
+            assert stream.ended.wait(5)
+            error = json.loads(stream.events[-2])["error"]
+            assert (error["code"], error["type"], stream.events[-1]) == (503, "ServiceUnavailableError", "[DONE]")
+        output, _ = server.process.communicate(timeout=5)
+    finally:
+        server.process.kill()
+    assert server.process.returncode == 1
+    assert "has been in one step for more than 1.5 s (--engine-hang-timeout)" in output.splitlines()[-1]
+    assert not os.path.exists(f"/proc/{server.core_pid}")
+
+
+def test_without_a_limit_a_step_may_take_for_ever(path):
+    server = Server(path, "--engine-hang-timeout", "0", program=HANGING + MAIN)
+    try:
+        stream = Stream(server)
+        assert stream.begun.wait(20)
+        time.sleep(3)
+        assert server.health() == 200 and not stream.ended.is_set()
+    finally:
+        server.process.kill()
+        server.process.communicate()
+
+
+def test_with_restart_core_a_core_that_hangs_in_a_step_is_replaced(path):
+    server = Server(path, "--restart-core", "--engine-hang-timeout", "1.5", program=HANGING + MAIN)
+    try:
+        stream = Stream(server)
+        assert stream.begun.wait(20)
+        server.wait_health(503, 6)
+        assert stream.ended.wait(5)
+        assert "send the request again" in json.loads(stream.events[-2])["error"]["message"]
+        again = Stream(server)
+        assert again.begun.wait(30)
+        assert len(again.events) > 0 and server.health() == 200
+    finally:
+        server.process.kill()
+        server.process.communicate()
 
 
 def cpu_seconds(pid):

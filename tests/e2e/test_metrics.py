@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from omni_engine import AsyncEngine, EngineArgs
 from omni_engine.server.app import build_app
-from omni_engine.server.context import ServerSettings
+from omni_engine.server.settings import ServerSettings
 
 PROMPT = [(5 * i) % 400 + 4 for i in range(40)]
 STARRED = {

@@ -9,27 +9,26 @@ from omni_engine.scheduler.plan import NewRow
 from omni_engine.scheduler.sampling_params import SamplingParams
 
 VOCAB = 64
-WIDTH = 32
 
 
 def make_sampler(mode="raw_logprobs"):
     return Sampler(8, VOCAB, torch.device("cpu"), mode)
 
 
-def add(sampler, history, row, params, prompt=(1, 2, 3), output=(), eos=(0,), bad_words=()):
-    """Put a request into `row` and its tokens into the history; returns how many tokens it has."""
+def add(sampler, row, params, prompt=(1, 2, 3), output=(), eos=(0,), bad_words=()):
+    """Put a request into `row`; returns how many tokens it has."""
     token_ids = [*prompt, *output]
     if params.seed is None:
         params = params.clone(seed=row)
     sampler.add_row(NewRow(row, f"r{row}", token_ids, len(prompt), params, list(eos), [list(w) for w in bad_words], 0))
-    history[row, : len(token_ids)] = token_ids
     return len(token_ids)
 
 
 def sample_one(params, logits, mode="raw_logprobs", **request):
-    sampler, history = make_sampler(mode), np.zeros((8, WIDTH), np.int64)
-    length = add(sampler, history, 3, params, **request)
-    tokens, logprobs = sampler.sample(logits.clone()[None], np.array([3]), np.array([length]), history)
+    sampler = make_sampler(mode)
+    length = add(sampler, 3, params, **request)
+    sampled = sampler.sample(logits.clone()[None], np.array([3]), np.array([length]))
+    tokens, logprobs = sampled.token_ids.tolist(), sampled.read_logprobs()
     return tokens[0], logprobs.get(0)
 
 
@@ -97,24 +96,24 @@ def test_penalties_count_what_they_should(logits, fields, formula):
 
 
 def test_penalties_remember_what_was_sampled():
-    sampler, history = make_sampler(), np.zeros((8, WIDTH), np.int64)
-    length = add(sampler, history, 0, greedy(presence_penalty=2.0))
+    sampler = make_sampler()
+    length = add(sampler, 0, greedy(presence_penalty=2.0))
     logits = torch.zeros(1, VOCAB)
     logits[0, 10], logits[0, 11], logits[0, 12] = 3.0, 2.5, 2.0
     chosen = []
     for step in range(3):
-        tokens, _ = sampler.sample(logits.clone(), np.array([0]), np.array([length + step]), history)
-        history[0, length + step] = tokens[0]
+        tokens = sampler.sample(logits.clone(), np.array([0]), np.array([length + step])).token_ids.tolist()
         chosen += tokens
     assert chosen == [10, 11, 12]
 
 
 def test_a_row_taken_over_keeps_nothing_of_the_last_request(logits):
-    sampler, history = make_sampler(), np.zeros((8, WIDTH), np.int64)
-    add(sampler, history, 0, greedy(allowed_token_ids=[1], presence_penalty=2.0, logprobs=3))
+    sampler = make_sampler()
+    add(sampler, 0, greedy(allowed_token_ids=[1], presence_penalty=2.0, logprobs=3))
     sampler.remove_row(0)
-    length = add(sampler, history, 0, greedy())
-    tokens, logprobs = sampler.sample(logits.clone()[None], np.array([0]), np.array([length]), history)
+    length = add(sampler, 0, greedy())
+    sampled = sampler.sample(logits.clone()[None], np.array([0]), np.array([length]))
+    tokens, logprobs = sampled.token_ids.tolist(), sampled.read_logprobs()
     assert tokens == [int(logits.argmax())]
     assert logprobs == {}
 
@@ -151,10 +150,10 @@ def test_a_request_draws_the_same_token_in_any_batch_and_row(logits):
         SamplingParams(seed=8, min_p=0.1, presence_penalty=1.0),
     ]
     alone = [sample_one(params, logits)[0] for params in kinds]
-    sampler, history = make_sampler(), np.zeros((8, WIDTH), np.int64)
+    sampler = make_sampler()
     rows = [6, 0, 3, 2, 7]
-    lengths = [add(sampler, history, row, params) for row, params in zip(rows, kinds, strict=True)]
-    together, _ = sampler.sample(logits.repeat(5, 1), np.array(rows), np.array(lengths), history)
+    lengths = [add(sampler, row, params) for row, params in zip(rows, kinds, strict=True)]
+    together = sampler.sample(logits.repeat(5, 1), np.array(rows), np.array(lengths)).token_ids.tolist()
     assert together == alone
 
 

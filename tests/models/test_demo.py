@@ -100,6 +100,18 @@ def test_the_template_writes_the_markers_the_model_was_trained_with(engine):
     assert [token for token in tokens if token < 5] == [0, 2, 3, 4, 1, 3, 4]
 
 
+def test_the_template_takes_a_developer_for_the_system(engine):
+    chats = [
+        [{"role": role, "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+        for role in ("system", "developer")
+    ]
+    assert (
+        engine.chat_prompt(chats[1])
+        == engine.chat_prompt(chats[0])
+        == "<|bos|><|system|>Be brief.<|user|>Hello<|assistant|>"
+    )
+
+
 def test_the_prediction_layer_has_the_published_names_and_no_copies():
     names = {
         name.removeprefix("model.layers.6.") for name in open_checkpoint(DEMO_MODEL).tensors if ".layers.6." in name

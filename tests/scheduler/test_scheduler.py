@@ -642,16 +642,57 @@ def test_cache_is_not_read_until_prompt_logprobs_are_complete():
     assert step(scheduler)[0] == {"a": (20, 21)}  # all but the newest token come from the cache now
 
 
-def test_request_in_flight_is_left_out_of_a_plan_made_ahead():
+def test_a_plan_made_ahead_computes_the_token_that_nobody_has_read():
     scheduler = make(max_num_batched_tokens=8)
     add(scheduler, "a", 6)
     add(scheduler, "b", 10)
     first = scheduler.schedule()
     second = scheduler.schedule()
     assert (first.rows, first.num_tokens) == ([0, 1], [6, 2])
-    assert (second.rows, second.num_computed, second.num_tokens) == ([1], [2], [8])
+    assert (second.rows, second.num_computed, second.num_tokens) == ([0, 1], [6, 2], [1, 7])
     assert [update.request_id for update in scheduler.update(first, output_of(first))] == ["a"]
-    assert [update.request_id for update in scheduler.update(second, output_of(second))] == ["b"]
+    assert [update.request_id for update in scheduler.update(second, output_of(second))] == ["a"]
+    assert scheduler.requests["a"].num_tokens == 8
+
+
+def test_plans_made_ahead_stop_at_the_longest_length():
+    scheduler = make()
+    add(scheduler, "a", 6, max_tokens=3)
+    plans = [scheduler.schedule() for _ in range(4)]
+    assert [plan.num_computed for plan in plans] == [[0], [6], [7], []]
+    endings = [scheduler.update(plan, output_of(plan))[0].finish_reason for plan in plans[:3]]
+    assert endings == [None, None, "length"]
+
+
+def test_a_token_sampled_behind_the_end_is_dropped_and_never_cached():
+    scheduler = make()
+    add(scheduler, "a", [1] * (BLOCK - 1), stop_token_ids=[5])
+    first, second, third = (scheduler.schedule() for _ in range(3))
+    scheduler.update(first, output_of(first, 7))
+    (ended,) = scheduler.update(second, output_of(second, 5))
+    assert (ended.new_token_ids, ended.finish_reason) == ([5], "stop")
+    assert scheduler.update(third, output_of(third, 9)) == []
+    assert not scheduler.has_unfinished
+    scheduler.check_integrity()
+    # The first block, whose last token was read after the block was full, is found by the next turn of a chat.
+    add(scheduler, "b", [1] * (BLOCK - 1) + [7, 5, 9] + [2] * BLOCK)
+    assert scheduler.schedule().num_computed == [BLOCK]
+
+
+def test_a_preempted_request_waits_until_its_tokens_are_read():
+    scheduler = make(num_blocks=5)
+    add(scheduler, "a", 2 * BLOCK - 1, max_tokens=4)
+    add(scheduler, "b", 2 * BLOCK - 1, max_tokens=4)
+    first = scheduler.schedule()
+    second = scheduler.schedule()
+    third = scheduler.schedule()  # "a" takes the blocks of "b", of which two tokens are unread
+    assert (third.rows, scheduler.requests["b"].status) == ([0], RequestStatus.PREEMPTED)
+    for plan in (first, second, third):
+        scheduler.update(plan, output_of(plan))
+    assert scheduler.requests["b"].num_tokens == 2 * BLOCK + 1
+    scheduler.abort(["a"])
+    planned, _ = step(scheduler)
+    assert planned["b"][1] == 2 * BLOCK + 1
 
 
 def test_output_of_another_step_is_refused():

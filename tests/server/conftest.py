@@ -11,10 +11,10 @@ import pytest
 from aiohttp import ClientSession, web
 from prometheus_client import CollectorRegistry
 
-from omni_engine.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from omni_engine.engine.outputs import CompletionOutput, Logprob, RequestOutput, RequestStats
 from omni_engine.scheduler.sampling_params import RequestOutputKind, SamplingParams, ValidationError
 from omni_engine.server.app import build_app
-from omni_engine.server.context import ServerSettings
+from omni_engine.server.settings import ServerSettings
 
 MODEL = "tiny/model"
 
@@ -45,6 +45,8 @@ class FakeEngine:
         self.failure: Exception | None = None  # raised before the first output
         self.failure_after: tuple[int, Exception] | None = None  # raised after so many outputs
         self.hangs = False  # after the first output
+        self.pause = 0.0  # seconds before each output
+        self.stats: RequestStats | None = None
         self.is_ready = True
         self.errored = False
         self.dead_error: BaseException | None = None
@@ -102,9 +104,9 @@ class FakeEngine:
                     raise self.failure_after[1]
                 if self.hangs and (number or sampling_params.output_kind == RequestOutputKind.FINAL_ONLY):
                     await asyncio.Event().wait()
+                await asyncio.sleep(self.pause)
                 yield output
                 finished = output.finished
-                await asyncio.sleep(0)
         finally:
             self.running.discard(request_id)
             if not finished:
@@ -132,7 +134,7 @@ class FakeEngine:
             outputs.append(
                 RequestOutput(
                     request_id, prompt.get("prompt"), token_ids, prompt_logprobs if end == step else None, completions,
-                    done, num_cached_tokens=2,
+                    done, self.stats, num_cached_tokens=2,
                 )
             )  # fmt: skip
         return outputs

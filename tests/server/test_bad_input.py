@@ -50,6 +50,9 @@ WRONG_COMPLETIONS = [
     ({"prompt": "a", "stream": "yes"}, "body.stream", "got `str`"),
     ({"prompt": "a", "stop": 5}, "body.stop", "got `int`"),
     ({"prompt": "a", "stop": list("abcde")}, "stop", "at most 4"),
+    ({"prompt": "a", "user": 5}, "body.user", "got `int`"),
+    ({"prompt": "a", "session_id": ["s"]}, "body.session_id", "got `array`"),
+    ({"prompt": "a", "length_penalty": "long"}, "body.length_penalty", "got `str`"),
     ({"prompt": "a", "seed": 2**63}, "body.seed", "less_than_equal"),
     ({"prompt": "a", "seed": -(2**63) - 1}, "body.seed", "greater_than_equal"),
     ({"prompt": "a", "logit_bias": {"1": "much"}}, "body.logit_bias", "got `str`"),
@@ -147,7 +150,7 @@ def test_neutral_values_of_fields_that_are_not_built_are_accepted(serve):
     neutral = {
         "use_beam_search": False, "response_format": {"type": "text"}, "structured_outputs": None, "suffix": "",
         "prompt_embeds": [], "stream_interval": 1, "thinking_token_budget": -1, "best_of": 4, "user": "me",
-        "length_penalty": 1.0, "no_such_field": {"a": 1},
+        "length_penalty": 1, "session_id": None, "no_such_field": {"a": 1},
     }  # fmt: skip
 
     async def scenario(client, _engine):
@@ -183,6 +186,13 @@ TOOL = {"type": "function", "function": {"name": "f"}}
          "named"),
         ({"messages": USER, "functions": [{"name": "f"}]}, "BadRequestError", "functions", "not supported yet"),
         ({"messages": USER, "logprobs": 3}, "Bad Request", "body.logprobs", "got `int`"),
+        ({"messages": USER, "user": {}}, "Bad Request", "body.user", "got `object`"),
+        ({"messages": USER, "parallel_tool_calls": "no"}, "Bad Request", "body.parallel_tool_calls", "got `str`"),
+        ({"messages": USER, "include_reasoning": 1}, "Bad Request", "body.include_reasoning", "got `int`"),
+        ({"messages": USER, "media_io_kwargs": []}, "Bad Request", "body.media_io_kwargs", "got `array`"),
+        ({"messages": USER, "mm_processor_kwargs": 1}, "Bad Request", "body.mm_processor_kwargs", "got `int`"),
+        ({"messages": USER, "reasoning_effort": "some"}, "Bad Request", "body.reasoning_effort", "'some'"),
+        ({"messages": USER, "reasoning_effort": 3}, "Bad Request", "body.reasoning_effort", "got `int`"),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip

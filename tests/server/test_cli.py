@@ -98,8 +98,8 @@ def test_max_model_len_takes_words_and_minus_one(text, value):
         (["serve", "m", "--max-lora-rank", "2"], "not supported yet: --max-lora-rank"),
         (["serve", "--max_lora_rank", "2", "m"], "not supported yet: --max-lora-rank"),
         (["serve", "m", "-dcp", "2"], "not supported yet: -dcp"),
-        (["serve", "m", "--no-async-scheduling"], "not supported yet: --no-async-scheduling"),
-        (["serve", "m", "--compilation-config.mode=3"], "not supported yet: --compilation-config"),
+        (["serve", "m", "--speculative-config.method=mtp"], "not supported yet: --speculative-config"),
+        (["serve", "m", "--no-enable-lora"], "not supported yet: --no-enable-lora"),
         (["serve", "m", "--port", "x"], "--port"),
         (["serve", "m", "--dtype", "int3"], "--dtype: invalid choice: 'int3'"),
         (["serve", "m", "--hf-overrides", "[1]"], "not a JSON object: [1]"),
@@ -128,6 +128,19 @@ def test_a_failure_is_one_line_and_status_1(capsys):
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("omni-engine serve: error: ")
     assert last.endswith("no/such/folder/here")
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["-O3"], {"mode": 3}),
+        (["-O", '{"cudagraph_mode": "FULL"}'], {"cudagraph_mode": "FULL"}),
+        (["--compilation-config.mode=0"], {"mode": 0}),
+        (["-cc.mode", "0", "-cc.cudagraph_mode", "NONE"], {"mode": 0, "cudagraph_mode": "NONE"}),
+    ],
+)
+def test_compilation_config_is_spelt_as_in_vllm(words, value):
+    assert engine_args(parse_serve("m", *words)).compilation_config == value
 
 
 def test_a_failure_is_a_traceback_at_debug_level():

@@ -187,7 +187,8 @@ def test_echo_with_logprobs_covers_the_prompt_whose_first_token_has_none(serve):
         assert choice["logprobs"]["tokens"] == ["a", "b", "h"]
         assert choice["logprobs"]["token_logprobs"] == [None, -5.0, -5.0]
         assert choice["logprobs"]["top_logprobs"][0] is None
-        assert choice["prompt_logprobs"] is None
+        assert choice["prompt_logprobs"][0] is None
+        assert choice["prompt_logprobs"][1]["98"] == {"logprob": -5.0, "rank": 2, "decoded_token": "b"}
 
     serve(scenario)
 

@@ -13,6 +13,7 @@ from omni_engine.server.serve_arguments import (
     header_limits,
     serve_parser,
     server_settings,
+    step_timeout,
     take_model_argument,
     tls_files,
 )
@@ -142,6 +143,11 @@ def test_fingerprints_follow_the_engines_settings():
     [
         (["--ssl-keyfile", "k"], "HTTPS needs --ssl-certfile too, beside: --ssl-keyfile"),
         (["--ssl-cert-reqs", "2"], "HTTPS needs --ssl-certfile too, beside: --ssl-cert-reqs"),
+        (["--enable-ssl-refresh"], "HTTPS needs --ssl-certfile too, beside: --enable-ssl-refresh"),
+        (["--fingerprint-mode", "custom"], "--fingerprint-mode: not supported yet: custom"),
+        (["--fingerprint-mode", "short"], "invalid choice: 'short'"),
+        (["--sse-keep-alive-interval", "-1"], "not a number of seconds, 0 or more: -1"),
+        (["--engine-hang-timeout", "nan"], "not a number of seconds, 0 or more: nan"),
         (["--h11-max-header-count", "0"], "--h11-max-header-count must be at least 1: 0"),
         (["--allowed-origins", "x"], "not JSON"),
         (["--allowed-origins", '{"a": 1}'], "not a JSON list of strings"),
@@ -154,3 +160,22 @@ def test_wrong_values_are_usage_errors(capsys, words, message):
         tls_files(parser, arguments)
         header_limits(parser, arguments)
     assert message in capsys.readouterr().err
+
+
+def test_the_limit_of_a_step_comes_from_its_flag_before_the_environment(monkeypatch):
+    def limit(*words):
+        return step_timeout(serve_parser().parse(["m", *words]))
+
+    monkeypatch.delenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", raising=False)
+    assert limit() == 300
+    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "12.5")
+    assert (limit(), limit("--engine-hang-timeout", "0")) == (12.5, 0)
+    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "soon")
+    with pytest.raises(ValueError, match="VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS must be a number, not negative: soon"):
+        limit()
+
+
+def test_streaming_and_metrics_flags_reach_the_settings():
+    settings = settings_of("--sse-keep-alive-interval", "2.5", "--enable-per-request-metrics")
+    assert (settings.keep_alive_seconds, settings.enable_per_request_metrics) == (2.5, True)
+    assert (settings_of().keep_alive_seconds, settings_of().enable_per_request_metrics) == (0, False)

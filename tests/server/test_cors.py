@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from omni_engine.server.cors import CorsPolicy
+from omni_engine.server.settings import CorsPolicy
 
 PAGE = "https://page.example"
 ASKED = {"Origin": PAGE, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from omni_engine.server.environment import read_count, read_flag, read_number
@@ -29,3 +33,14 @@ def test_what_is_no_number_is_said_with_the_variable(monkeypatch, text):
     for read in (read_number, read_count):
         with pytest.raises(ValueError, match=f"X must be .*: {text}"):
             read("X", 1)
+
+
+@pytest.mark.parametrize("variable", ["VLLM_MAX_N_SEQUENCES", "VLLM_MAX_COMPLETION_PROMPTS", "VLLM_MAX_STOP_STRINGS"])
+@pytest.mark.parametrize("text", ["many", "0"])
+def test_a_limit_that_is_no_count_ends_the_server_with_its_name(variable, text, tmp_path):
+    command = [sys.executable, "-m", "omni_engine.server.cli", "serve", "--uds", str(tmp_path / "s")]
+    done = subprocess.run(command, env={**os.environ, variable: text}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"omni-engine serve: error: {variable} must be a whole number, 1 or more: {text}"
+    )

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import shutil
 import socket
 import ssl
 import subprocess
+from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession, ServerDisconnectedError, TCPConnector, UnixConnector, web
 
 from omni_engine.server import body as body_module
 from omni_engine.server.app import build_app
-from omni_engine.server.context import ServerSettings
-from omni_engine.server.listener import HeaderLimits, TlsFiles, address_of, bind, bind_unix, listen, remove_unix
+from omni_engine.server.listener import listen
+from omni_engine.server.settings import ServerSettings
+from omni_engine.server.sockets import HeaderLimits, TlsFiles, address_of, bind, bind_unix, remove_unix
+from omni_engine.server.tls_refresh import refresh_tls
 
 LIMITS = HeaderLimits(field_bytes=1000, num_fields=20)
 
@@ -88,6 +92,36 @@ def test_what_is_no_http_or_too_much_is_answered_in_the_one_error_shape(play, da
     assert "aaaa" not in error["message"]
 
 
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/nothing"])
+def test_an_expectation_that_nobody_knows_is_refused_in_the_one_error_shape(play, path):
+    listener = bind("127.0.0.1", 0)
+    head = b"POST " + path + b" HTTP/1.1\r\nHost: a\r\nExpect: foo\r\nConnection: close\r\n\r\n"
+
+    async def scenario():
+        return await asyncio.to_thread(exchange, listener.getsockname()[1], head)
+
+    status, body = play(listener, scenario)
+    assert status == 417
+    assert json.loads(body)["error"] == {
+        "message": "Expectation Failed", "type": "Expectation Failed", "param": None, "code": 417,
+    }  # fmt: skip
+
+
+def test_a_client_that_waits_for_100_continue_gets_it(play):
+    listener = bind("127.0.0.1", 0)
+    head = b"POST /detokenize HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+
+    def ask():
+        with connection(listener.getsockname()[1]) as client:
+            client.sendall(head)
+            return client.recv(4096)
+
+    async def scenario():
+        return await asyncio.to_thread(ask)
+
+    assert play(listener, scenario).startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+
 def test_heads_within_the_limits_are_served(play):
     listener = bind("127.0.0.1", 0)
 
@@ -126,7 +160,7 @@ def test_a_unix_socket_serves_and_leaves_no_file(play, tmp_path):
     async def scenario():
         async with ClientSession(connector=UnixConnector(path)) as session, session.get("http://a/version") as response:
             status = response.status
-        remove_unix(listener)
+        remove_unix(path)
         return status
 
     assert play(listener, scenario) == 200
@@ -151,6 +185,15 @@ def test_a_file_that_is_no_socket_is_left_alone(tmp_path):
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
     """(certificate, key) files for localhost."""
+    return make_certificate(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def other_certificate(tmp_path_factory):
+    return make_certificate(tmp_path_factory)
+
+
+def make_certificate(tmp_path_factory):
     if shutil.which("openssl") is None:
         pytest.skip("no openssl to make a certificate with")
     directory = tmp_path_factory.mktemp("tls")
@@ -197,6 +240,51 @@ def test_with_cert_reqs_2_a_client_without_a_certificate_is_turned_away(play, ce
 
     tls = TlsFiles(*certificate, ca_certs=certificate[0], cert_reqs=2).context()
     assert play(listener, scenario, tls) == 200
+
+
+async def served_certificate(port):
+    """The certificate that a new connection gets."""
+    trust = ssl.create_default_context()
+    trust.check_hostname, trust.verify_mode = False, ssl.CERT_NONE
+    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trust)
+    certificate = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    return ssl.DER_cert_to_PEM_cert(certificate)
+
+
+def test_a_renewed_certificate_is_served_and_a_broken_one_is_not(
+    play, certificate, other_certificate, tmp_path, caplog
+):
+    caplog.set_level(logging.INFO, logger="omni_engine.server.tls_refresh")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    shutil.copy(certificate[0], cert)
+    shutil.copy(certificate[1], key)
+    files = TlsFiles(str(cert), str(key))
+    context = files.context()
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+
+    async def wait_for_log(number):
+        while len(caplog.records) < number:
+            await asyncio.sleep(0.01)
+
+    async def scenario():
+        refreshing = asyncio.create_task(refresh_tls(files, context, 0.02))
+        await asyncio.sleep(0.1)
+        assert caplog.records == []
+        shutil.copy(other_certificate[0], cert)  # its key has not come yet
+        await wait_for_log(1)
+        half = await served_certificate(port)
+        shutil.copy(other_certificate[1], key)
+        await wait_for_log(2)
+        whole = await served_certificate(port)
+        refreshing.cancel()
+        return half, whole
+
+    half, whole = play(listener, scenario, context)
+    assert half == Path(certificate[0]).read_text()
+    assert whole == Path(other_certificate[0]).read_text()
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
 
 
 def test_a_certificate_that_cannot_be_read_is_said_with_its_name(tmp_path):

@@ -13,8 +13,9 @@ from prometheus_client import CollectorRegistry
 from omni_engine.engine.config import EngineArgs
 from omni_engine.engine.errors import EngineDeadError
 from omni_engine.engine.outputs import CompletionOutput, RequestOutput
-from omni_engine.server import serve as serve_module
-from omni_engine.server.context import ServerSettings
+from omni_engine.server import lifecycle
+from omni_engine.server.settings import ServerSettings
+from omni_engine.server.sockets import bind
 
 
 class SlowEngine:
@@ -71,13 +72,11 @@ def run_server(monkeypatch):
     def run(scenario, shutdown_timeout=0.0):
         async def main():
             engine = SlowEngine()
-            monkeypatch.setattr(
-                serve_module, "AsyncEngine", type("", (), {"from_engine_args": lambda *_, **__: engine})
-            )
-            with serve_module.bind("127.0.0.1", 0) as listener:
+            monkeypatch.setattr(lifecycle, "AsyncEngine", type("", (), {"from_engine_args": lambda *_, **__: engine}))
+            with bind("127.0.0.1", 0) as listener:
                 port = listener.getsockname()[1]
                 settings = ServerSettings(model="m")
-                server = serve_module._Server(EngineArgs(model="m"), settings, listener, shutdown_timeout)
+                server = lifecycle.Server(EngineArgs(model="m"), settings, listener, shutdown_timeout)
                 async with ClientSession(f"http://127.0.0.1:{port}", timeout=ClientTimeout(total=5)) as session:
                     playing = asyncio.create_task(scenario(session, engine))
                     await asyncio.wait_for(server.run(), 10)
@@ -183,14 +182,14 @@ def test_the_death_of_the_engine_ends_the_server(run_server):
 
 
 def test_a_port_in_use_is_refused_with_the_remedy():
-    with serve_module.bind("127.0.0.1", 0) as listener:
+    with bind("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(ValueError, match=f"choose another --host or --port: 127.0.0.1:{port}"):
-            serve_module.bind("127.0.0.1", port)
+            bind("127.0.0.1", port)
 
 
 def test_connections_queue_from_the_moment_of_binding():
     import socket
 
-    with serve_module.bind(None, 0) as listener:
+    with bind(None, 0) as listener:
         socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=2).close()

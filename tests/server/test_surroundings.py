@@ -11,7 +11,13 @@ import sys
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from omni_engine.engine.errors import EngineDeadError, RequestFailedError, RequestRejectedError
+from omni_engine.engine.errors import (
+    EngineDeadError,
+    EngineRestartError,
+    EngineShutdownError,
+    RequestFailedError,
+    RequestRejectedError,
+)
 from omni_engine.scheduler.sampling_params import ValidationError
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -236,6 +242,8 @@ def test_a_priority_header_that_is_no_integer_is_refused(serve, text):
         (ValidationError("no", parameter="prompt"), 400, "BadRequestError"),
         (RequestRejectedError("too many"), 503, "Service Unavailable"),
         (EngineDeadError("gone"), 503, "ServiceUnavailableError"),
+        (EngineRestartError("again"), 503, "ServiceUnavailableError"),
+        (EngineShutdownError("over"), 503, "ServiceUnavailableError"),
         (RequestFailedError("/secret/path"), 500, "InternalServerError"),
         (KeyError("/secret/path"), 500, "InternalServerError"),
     ],

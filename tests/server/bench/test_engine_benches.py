@@ -8,11 +8,14 @@ import sys
 
 import pytest
 
+from omni_engine.engine.config import EngineArgs
 from omni_engine.engine.outputs import CompletionOutput, RequestOutput
+from omni_engine.server.arguments import engine_args
 from omni_engine.server.bench.latency import latency_parser, latency_result
-from omni_engine.server.bench.startup import phase_result
+from omni_engine.server.bench.startup import engine_words, phase_result, time_server
 from omni_engine.server.bench.throughput import throughput_result
 from omni_engine.server.cli import main
+from omni_engine.server.serve_arguments import serve_parser
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +120,13 @@ def test_startup_starts_fresh_processes(bench):
     assert list(result) == [
         f"{begin}{phase}_{name}{end}"
         for phase in ("cold", "warm")
-        for name in ("startup", "compilation")
+        for name in ("startup", "compilation", "first_health", "server_ready")
         for begin, end in (("avg_", "_time"), ("", "_times"), ("", "_percentiles"))
     ]
     assert result["cold_startup_times"][0] > 0.3  # no engine starts faster: torch alone takes longer
     assert (result["cold_compilation_times"], result["avg_warm_compilation_time"]) == ([0.0], 0.0)
+    assert 0 < result["cold_first_health_times"][0] < result["cold_server_ready_times"][0]
+    assert f"Avg first health time: {result['avg_cold_first_health_time']:.2f} seconds" in out
     assert f"Avg startup time: {result['avg_warm_startup_time']:.2f} seconds" in out
     assert "COLD STARTUP:" in out and "WARM STARTUP:" in out
 
@@ -131,8 +136,22 @@ def test_an_engine_that_does_not_start_is_an_error_with_its_cause(capsys, path):
     assert "the engine did not start: ValueError: max_model_len is greater than the 256" in capsys.readouterr().err
 
 
+def test_the_command_line_of_engine_arguments_comes_to_the_same_arguments():
+    args = EngineArgs(
+        model="a b", max_model_len=100, enable_prefix_caching=False, skip_tokenizer_init=True, hf_overrides={"a": [1]}
+    )
+    words = engine_words(args)
+    assert engine_args(serve_parser().parse(words)) == args
+    assert engine_words(EngineArgs(model="m")) == ["--model=m"]
+
+
+def test_a_server_that_does_not_start_is_an_error_with_its_cause(path):
+    with pytest.raises(RuntimeError, match=r"the server did not start: .*max_model_len is greater than the 256"):
+        time_server(EngineArgs(model=path, max_model_len=4000))
+
+
 def test_startup_figures():
-    result = phase_result("cold", [1.0, 3.0])
+    result = phase_result("cold", {"startup": [1.0, 3.0], "compilation": [0.0, 0.0]})
     assert (result["avg_cold_startup_time"], result["cold_startup_times"]) == (2.0, [1.0, 3.0])
     assert result["cold_startup_percentiles"][75] == pytest.approx(2.5)
     assert result["cold_compilation_percentiles"] == dict.fromkeys((10, 25, 50, 75, 90, 99), 0.0)

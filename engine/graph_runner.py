@@ -1,0 +1,233 @@
+"""Decode steps as static graphs: one captured program per gear, replayed on one set of persistent buffers."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .decode_step import SAMPLERS, Decoder, DecodeStep
+from .row_state import RowState
+
+Graph = Callable[[], Tensor]  # one step on the persistent buffers -> what `DecodeStep` returns
+
+
+class GraphKey(NamedTuple):
+    """A gear: the fixed shape of a decode step and what stands behind its logits (one of SAMPLERS)."""
+
+    num_requests: int
+    tokens_per_request: int
+    sampler: str
+
+    def __str__(self) -> str:
+        return f"{self.num_requests}x{self.tokens_per_request} {self.sampler}"
+
+
+class GraphInputs(NamedTuple):
+    """The arguments of a `DecodeStep`, always the same tensors: what changes is what is in them."""
+
+    rows: Tensor
+    state: tuple[Tensor, ...]
+    caches: list[tuple[Tensor, ...]]
+
+    def flat(self) -> list[Tensor]:
+        """In the order in which exporters flatten them."""
+        return [self.rows, *self.state, *(part for cache in self.caches for part in cache)]
+
+
+class GraphBackend(Protocol):
+    """Makes graphs. `start` may leave that to the background; graphs arrive through `GraphRunner.install`."""
+
+    name: str
+
+    def start(self, runner: GraphRunner) -> None:
+        """Begin with the graphs of `runner.keys`; what cannot be is logged, or raised where graphs are required."""
+        ...
+
+    def demand(self, key: GraphKey) -> None:
+        """A step has run eager for want of this graph: make it next. Must return at once."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until nothing more is to come; False after `timeout` seconds."""
+        ...
+
+    def close(self) -> None:
+        """Stop whatever goes on in the background."""
+        ...
+
+
+@dataclass(frozen=True)
+class CaptureReport:
+    """How a graph came to be."""
+
+    key: GraphKey
+    seconds: float  # until it could be replayed
+    from_cache: bool = False
+    compile_seconds: float = 0.0
+    num_bytes: int = 0  # of the artefact on disk
+
+
+class GraphRunner:
+    """Runs decode steps: by the graph of the smallest gear that holds them, eager where there is none (yet).
+
+    A step of fewer rows than its gear is padded with the null row, which writes to the null block and is read by
+    nobody. All gears share the weights, the caches and one set of buffers.
+    """
+
+    def __init__(self, model: Decoder, state: RowState, caches: list[tuple[Tensor, ...]]) -> None:
+        self.programs = {sampler: DecodeStep(model, sampler) for sampler in SAMPLERS}
+        self.state = state
+        self.caches = caches
+        self.null_row = state.position.shape[0] - 1
+        self.gears: tuple[int, ...] = ()
+        self.backend: GraphBackend | None = None
+        self.reports: dict[GraphKey, CaptureReport] = {}
+        self.num_replayed: Counter[GraphKey] = Counter()
+        self.num_eager = 0
+        self._ready: dict[GraphKey, Graph] = {}
+        self._padded = np.full(0, self.null_row, np.int64)
+        self._rows = torch.from_numpy(self._padded)
+
+    def use(self, backend: GraphBackend, gears: tuple[int, ...]) -> None:
+        """Capture these batch sizes with `backend`. Called once, before the first step."""
+        self.allocate(gears)
+        self.backend = backend
+        backend.start(self)
+
+    def allocate(self, gears: tuple[int, ...]) -> None:
+        """The buffers for steps of these sizes."""
+        self.gears = tuple(sorted(gears))
+        self._padded = np.full(self.gears[-1], self.null_row, np.int64)
+        self._rows = torch.from_numpy(self._padded.copy()).to(self.state.position.device)
+
+    @property
+    def keys(self) -> list[GraphKey]:
+        """All graphs there may be, in the order in which to make them."""
+        return [GraphKey(gear, 1, sampler) for sampler in SAMPLERS for gear in self.gears]
+
+    def key_for(self, num_requests: int, sampler: str) -> GraphKey | None:
+        """The graph for a decode step of so many rows; None: larger than every gear."""
+        for gear in self.gears:
+            if gear >= num_requests:
+                return GraphKey(gear, 1, sampler)
+        return None
+
+    def inputs(self, key: GraphKey) -> GraphInputs:
+        """The buffers that the graph of `key` works on."""
+        return GraphInputs(self._rows[: key.num_requests], tuple(self.state), self.caches)
+
+    def program(self, key: GraphKey) -> DecodeStep:
+        return self.programs[key.sampler]
+
+    def install(self, graph: Graph, report: CaptureReport) -> None:
+        """Use a graph from the next step on. May be called by another thread than the one that steps."""
+        self.reports[report.key] = report
+        self._ready[report.key] = graph
+
+    def is_ready(self, key: GraphKey) -> bool:
+        return key in self._ready
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the backend has made what it can make; False after `timeout` seconds."""
+        return self.backend is None or self.backend.wait(timeout)
+
+    def close(self) -> None:
+        if self.backend is not None:
+            self.backend.close()
+
+    def replay(self, sampler: str, rows: np.ndarray, num_blocks: int) -> Tensor:
+        """One decode step of `rows` (int64 [n], distinct), none of which needs more than `num_blocks` blocks.
+
+        Returns token ids int64 [n], or logits float32 [n, vocab] with the sampler `split`.
+        """
+        count = len(rows)
+        key = self.key_for(count, sampler)
+        graph = None if key is None else self._ready.get(key)
+        if key is None or graph is None:
+            if key is not None and self.backend is not None:
+                self.backend.demand(key)
+            self.num_eager += 1
+            return self.run_eager(sampler, rows, num_blocks)
+        padded = self._padded[: key.num_requests]
+        padded[:count] = rows
+        padded[count:] = self.null_row
+        self._rows[: key.num_requests].copy_(torch.from_numpy(padded))
+        self.num_replayed[key] += 1
+        return graph()[:count]
+
+    def run_eager(self, sampler: str, rows: np.ndarray, num_blocks: int) -> Tensor:
+        """The same step without a graph and without padding, over no more of the block table than it needs."""
+        state = self.state._replace(block_table=self.state.block_table[:, :num_blocks])
+        index = torch.from_numpy(rows).to(self.state.position.device)
+        return self.programs[sampler](index, tuple(state), self.caches)
+
+
+class EagerGraphs:
+    """The backend `eager`: every gear is its program, uncompiled. Slower than steps without gears, and good for one
+    thing: it shows whether padding and persistent buffers change anything."""
+
+    name = "eager"
+
+    def start(self, runner: GraphRunner) -> None:
+        for key in runner.keys:
+            program, inputs = runner.program(key), runner.inputs(key)
+            runner.install(lambda program=program, inputs=inputs: program(*inputs), CaptureReport(key, 0.0))
+
+    def demand(self, key: GraphKey) -> None:
+        raise AssertionError(f"every gear is there from the start: {key}")
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+class CudaGraphs:
+    """The backend `cudagraph`: every gear is captured at the start, on a stream of its own, from the eager program."""
+
+    name = "cudagraph"
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def start(self, runner: GraphRunner) -> None:
+        for key in sorted(runner.keys, reverse=True):  # the largest first: the smaller ones live in its memory
+            start = time.perf_counter()
+            graph = self._capture(runner.program(key), runner.inputs(key))
+            runner.install(graph, CaptureReport(key, time.perf_counter() - start))
+
+    def demand(self, key: GraphKey) -> None:
+        raise AssertionError(f"every gear is there from the start: {key}")
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+    @torch.inference_mode()
+    def _capture(self, program: DecodeStep, inputs: GraphInputs) -> Graph:
+        # All rows are the null row here, so warming up changes nothing that anybody reads.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                program(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = program(*inputs)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return output.clone()  # the next replay writes to the same memory, and this one may not be read yet
+
+        return replay

@@ -1,0 +1,116 @@
+"""How an engine that starts gets its graphs: what they depend on, and the backend that makes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import platform
+import threading
+
+import msgspec
+import torch
+
+from ..kvcache.tensors import TORCH_DTYPES, allocate_kv_tensors
+from ..models.kv_spec import kv_cache_spec
+from ..models.parallel import ParallelLayout
+from ..models.registry import resolve
+from ..ops.cpu.build import KernelsUnavailable, chosen_form, cpu_features, is_built
+from ..ops.table import cpu_table
+from .config import EngineConfig
+from .graph_cache import GraphCache, GraphCacheError
+from .graph_config import choose_graphs, resolve_graphs
+from .graph_key import GraphShape, installed_versions
+from .graph_runner import CudaGraphs, EagerGraphs, GraphRunner
+from .graph_supply import GraphError, InductorGraphs, SupplyPlan
+from .graph_worker import WorkerJob
+from .model_runner import ModelRunner
+from .row_state import RowTable
+
+logger = logging.getLogger(__name__)
+
+
+def start_graphs(config: EngineConfig, runner: ModelRunner, shape: GraphShape) -> None:
+    """Bind the ops of the device and begin to make the graphs. Raises GraphError where they are required and cannot be
+    made; else what is missing is logged, and steps run eager."""
+    device = runner.device
+    if device.type == "cpu":
+        _bind_kernels(runner)
+    chosen = resolve_graphs(choose_graphs(config.args), device.type, shape.max_num_seqs)
+    if not chosen.gears:
+        return
+    if chosen.backend == "eager":
+        runner.graphs.use(EagerGraphs(), chosen.gears)
+    elif chosen.backend == "cudagraph":
+        runner.graphs.use(CudaGraphs(), chosen.gears)
+    else:
+        try:
+            cache = GraphCache()
+            backend = InductorGraphs(_supply_plan(config, shape, cache), cache, required=chosen.required)
+        except (GraphCacheError, KernelsUnavailable, OSError) as error:
+            if chosen.required:
+                raise GraphError(f"the graphs that are required cannot be made: {error}") from error
+            logger.warning("there will be no compiled graphs, steps run eager: %s", error)
+            return
+        runner.graphs.use(backend, chosen.gears)
+
+
+def _bind_kernels(runner: ModelRunner) -> None:
+    """Let the layers call the C++ kernels: at once if they are built, else when a thread has built them."""
+
+    def bind() -> None:
+        try:
+            runner.model.ops.table = cpu_table()
+        except KernelsUnavailable as error:
+            logger.warning("plain torch operators are used: %s", error)
+
+    if is_built():
+        bind()
+    else:
+        threading.Thread(target=bind, name="kernels", daemon=True).start()
+
+
+def _supply_plan(config: EngineConfig, shape: GraphShape, cache: GraphCache) -> SupplyPlan:
+    layout = ParallelLayout()
+    num_threads = torch.get_num_threads()
+    fields = {
+        **installed_versions(),
+        "backend": InductorGraphs.name,
+        "model": config.model.architecture,
+        "config": _digest(config.model),
+        "dtype": config.dtype,
+        "layout": dataclasses.asdict(layout),
+        "draft_depth": 0,
+        "block_size": config.block_size,
+        **dataclasses.asdict(shape),
+        "num_threads": num_threads,
+        "machine": platform.machine(),
+        "cpu": _digest(sorted(cpu_features())),
+        "kernels": chosen_form(),
+    }
+    job = WorkerJob(dataclasses.asdict(config.args), shape, num_threads, str(cache.root))
+    return SupplyPlan(job, fields)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(msgspec.json.encode(value, order="deterministic")).hexdigest()[:16]
+
+
+def build_graph_shell(config: EngineConfig, shape: GraphShape) -> GraphRunner:
+    """The programs of an engine with its shapes and none of its contents, to compile graphs from.
+
+    The memory of weights and caches is only reserved: nobody writes to it, so it takes none.
+    """
+    device = torch.device("cpu")
+    layout = ParallelLayout()
+    model = resolve(config.model.architecture).load_class()(
+        config.model, layout, dtype=TORCH_DTYPES[config.dtype], device=device
+    )
+    model.eval()
+    model.ops.table = cpu_table()
+    spec = kv_cache_spec(config.model, layout, config.dtype)
+    table = RowTable(shape.max_num_seqs, -(-shape.max_model_len // config.block_size), device)
+    caches = allocate_kv_tensors(spec, shape.num_blocks, config.block_size, device)
+    runner = GraphRunner(model, table.state, caches)
+    runner.allocate((shape.max_num_seqs,))
+    return runner

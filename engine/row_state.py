@@ -1,0 +1,98 @@
+"""The device side of the persistent batch: what a decode step reads and writes of every row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..scheduler.plan import NewRow
+
+
+class RowState(NamedTuple):
+    """Tensors with one entry per row of the batch, and a last one, the null row, that padding points at.
+
+    A decode step needs nothing else from the host than which rows it computes: token, position and lengths of a row
+    come from here, and the step leaves here what the next one starts from. The null row stays at position 0 with a
+    block table of null blocks, so padding writes to the null block only.
+    """
+
+    last_token: Tensor  # int64 [rows + 1]: the newest token of the row, whose KV is not stored yet
+    position: Tensor  # int64 [rows + 1]: its position
+    block_table: Tensor  # int32 [rows + 1, max_blocks]
+    temperature: Tensor  # float32 [rows + 1]; 1 for a greedy row
+    noise_scale: Tensor  # float32 [rows + 1]: 0 for a greedy row, 1 for one that samples
+    seed: Tensor  # int64 [rows + 1]
+
+
+class RowTable:
+    """The rows' state on the device, and the block table again on the host, where prefill computes slots from it."""
+
+    def __init__(self, num_rows: int, max_blocks: int, device: torch.device) -> None:
+        count = num_rows + 1
+        self.device = device
+        self.block_table = np.zeros((num_rows, max_blocks), np.int32)
+        self.num_blocks = np.zeros(num_rows, np.int64)
+        self.state = RowState(
+            last_token=torch.zeros(count, dtype=torch.int64, device=device),
+            position=torch.zeros(count, dtype=torch.int64, device=device),
+            block_table=torch.zeros((count, max_blocks), dtype=torch.int32, device=device),
+            temperature=torch.ones(count, dtype=torch.float32, device=device),
+            noise_scale=torch.zeros(count, dtype=torch.float32, device=device),
+            seed=torch.zeros(count, dtype=torch.int64, device=device),
+        )
+
+    def admit(self, new_rows: list[NewRow]) -> None:
+        """Take in requests at their rows, without blocks."""
+        if not new_rows:
+            return
+        params = [new.params for new in new_rows]
+        index = self._to_device([new.row for new in new_rows], torch.int64)
+        temperatures = [1.0 if each.is_greedy else each.temperature for each in params]
+        state = self.state
+        state.last_token[index] = self._to_device([new.token_ids[-1] for new in new_rows], torch.int64)
+        state.position[index] = self._to_device([len(new.token_ids) - 1 for new in new_rows], torch.int64)
+        state.temperature[index] = self._to_device(temperatures, torch.float32)
+        state.noise_scale[index] = self._to_device([float(not each.is_greedy) for each in params], torch.float32)
+        state.seed[index] = self._to_device([each.seed for each in params], torch.int64)
+        for new in new_rows:
+            self.num_blocks[new.row] = 0
+
+    def append_blocks(self, rows: list[int], new_block_ids: list[list[int]]) -> None:
+        """More blocks for some of the rows, behind those they have."""
+        of_row, columns, block_ids = [], [], []
+        for row, added in zip(rows, new_block_ids, strict=True):
+            if added:
+                start = int(self.num_blocks[row])
+                stop = start + len(added)
+                self.block_table[row, start:stop] = added
+                self.num_blocks[row] = stop
+                of_row += [row] * len(added)
+                columns += range(start, stop)
+                block_ids += added
+        if block_ids:
+            index = (self._to_device(of_row, torch.int64), self._to_device(columns, torch.int64))
+            self.state.block_table.index_put_(index, self._to_device(block_ids, torch.int32))
+
+    def commit(self, rows: np.ndarray, positions: np.ndarray, token_ids: Tensor) -> None:
+        """Make the sampled tokens int64 [n] the newest of their rows, at these positions."""
+        index = torch.from_numpy(rows).to(self.device)
+        self.state.last_token.index_put_((index,), token_ids)
+        self.state.position.index_put_((index,), torch.from_numpy(positions).to(self.device))
+
+    def _to_device(self, values: Sequence[float | None], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(self.device)
+
+
+def commit_tokens(state: RowState, rows: Tensor, token_ids: Tensor) -> None:
+    """Make the sampled tokens (int64 [n]) the newest of their rows (int64 [n], padded with the null row).
+
+    Mutates `last_token` and `position`. Several padding entries write the same values to the null row.
+    """
+    null_row = state.position.shape[0] - 1
+    positions = torch.where(rows == null_row, 0, state.position[rows] + 1)
+    state.last_token.index_put_((rows,), token_ids)
+    state.position.index_put_((rows,), positions)

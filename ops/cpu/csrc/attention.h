@@ -1,0 +1,205 @@
+// Softmax over spans of a paged context, shared by the kernels that differ in what a key and a value are.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "tiles.h"
+
+namespace omni {
+
+constexpr int64_t kBlock = 32;  // tokens whose scores are held at a time
+constexpr int64_t kTilesOfBlock = kBlock / kTileRows;
+constexpr int64_t kValueLanes = 2 * kLanes;
+constexpr int64_t kTasksPerThread = 4;
+
+// One request's row of the block table.
+struct Pages {
+  const int32_t* blocks;
+  int64_t block_size;
+
+  // The addresses of `count` tokens from `token` on.
+  template <class T, class Address>
+  void rows(const PagedCache& cache, int64_t head, int64_t token, int64_t count, Address* to) const {
+    const T* base = static_cast<const T*>(cache.data) + head * cache.head_stride;
+    int64_t page = token / block_size, offset = token % block_size;
+    for (int64_t index = 0; index < count; ++page, offset = 0) {
+      const T* from = base + blocks[page] * cache.block_stride;
+      for (; offset < block_size && index < count; ++offset, ++index)
+        to[index] = reinterpret_cast<Address>(from + offset * cache.token_stride);
+    }
+  }
+};
+
+// The memory of the next block, asked for a little at a time and in the order in which it lies. The heads of a token
+// lie side by side, but one after the other goes through the block: read like that, in pieces of a line or two, memory
+// gave a fourth of its bandwidth.
+struct BlockAhead {
+  struct Part {  // the same bytes of every token
+    const char* tokens[kBlock];
+    int64_t lines;
+  };
+  Part parts[2];
+  int64_t count = 0, part = 0, token = 0, line = 0, lines_per_tile = 0;
+
+  // To be asked for in the course of `tiles` calls.
+  void spread(int64_t tiles) { lines_per_tile = (count * (parts[0].lines + parts[1].lines) + tiles - 1) / tiles; }
+
+  void ask(int64_t tiles = 1) {
+    for (int64_t left = lines_per_tile * tiles; left > 0 && part < 2 && token < count; --left) {
+      __builtin_prefetch(parts[part].tokens[token] + line * kLineBytes, 0, 2);
+      if (++line >= parts[part].lines) {
+        line = 0;
+        if (++token == count) token = 0, ++part;
+      }
+    }
+  }
+};
+
+// scores[head * kBlock + row] = rows[row] . query[head]
+template <class T>
+void dot_rows(const T* const* rows, int64_t count, const Staged<T>* query, int64_t query_stride, int64_t heads,
+              int64_t size, float* scores, BlockAhead& ahead) {
+  Ahead none;
+  int64_t row = 0;
+  for (; row + kTileRows <= count; row += kTileRows) {
+    ahead.ask();
+    const T* const tile[kTileRows] = {rows[row], rows[row + 1], rows[row + 2], rows[row + 3]};
+    dot_columns<T, kTileRows>(tile, query, query_stride, heads, size, scores + row, kBlock, none);
+  }
+  for (; row < count; ++row) {
+    const T* const single[1] = {rows[row]};
+    dot_columns<T, 1>(single, query, query_stride, heads, size, scores + row, kBlock, none);
+  }
+}
+
+// Turns one head's scores into weights relative to the running maximum; returns by how much earlier sums shrink.
+// What stands behind the first `count` scores is overwritten; it counts for nothing.
+inline float soften(float* scores, int64_t count, float scale, float& maximum, float& total) {
+  for (int64_t token = count; token < kBlock; ++token) scores[token] = -std::numeric_limits<float>::max();
+  const int64_t used = (count + kLanes - 1) / kLanes * kLanes;
+  Floats largest = splat(maximum);
+  for (int64_t token = 0; token < used; token += kLanes) {
+    const Floats scaled = load<Floats>(scores + token) * scale;
+    store(scores + token, scaled);
+    largest = larger(scaled, largest);
+  }
+  const float reached = largest_of(largest);
+  Floats sum = {};
+  for (int64_t token = 0; token < used; token += kLanes) {
+    const Floats weights = exponential(load<Floats>(scores + token) - reached);
+    store(scores + token, weights);
+    sum += weights;
+  }
+  const float shrink = std::exp(maximum - reached);
+  total = total * shrink + sum_of(sum);
+  maximum = reached;
+  return shrink;
+}
+
+// Attention of every request, for a `Shape` that says what the keys and values of a unit of heads are: a KV head and the
+// query heads that share it, or some heads that read the same latents.
+//
+// A row's context is cut into spans of Shape::kSpan tokens, whatever the number of rows or threads, so that its result
+// depends on the row alone. A task is one span of one request for some units; it goes through the span once, all units
+// block by block, because the memory of neighbouring heads lies together. The task that ends last joins a row's spans.
+template <class T, class Shape, class Problem>
+void attend(const Shape& shape, const Problem& problem) {
+  struct Task {
+    int64_t request, part, span;
+  };
+  static thread_local std::vector<Task> task_list;
+  static thread_local std::vector<int64_t> first_task;  // of each request
+  static thread_local Scratch partial_scratch, unfinished_scratch;
+  const int64_t requests = problem.requests, units = shape.units(), heads_of_unit = shape.heads_of_unit();
+  const auto spans_of = [&](int64_t request) {
+    const int64_t seen = problem.context_lens[request] - shape.begin(request);
+    return std::max<int64_t>((seen + Shape::kSpan - 1) / Shape::kSpan, 1);
+  };
+  int64_t spans = 0;
+  for (int64_t request = 0; request < requests; ++request) spans += spans_of(request);
+  // where there are few spans, units are given to different tasks
+  const int64_t parts = std::clamp<int64_t>((kTasksPerThread * thread_count() + spans - 1) / spans, 1, units);
+  task_list.clear();
+  first_task.clear();
+  for (int64_t request = 0; request < requests; ++request) {
+    first_task.push_back(int64_t(task_list.size()));
+    for (int64_t span = 0; span < spans_of(request); ++span)
+      for (int64_t part = 0; part < parts; ++part) task_list.push_back({request, part, span});
+  }
+  const auto begin_of_part = [&](int64_t part) { return units * part / parts; };
+  // per task and head: the weighted sum up to a whole number of vectors, and at the end maximum and total
+  const int64_t value_size = shape.value_size();
+  const int64_t padded = (value_size + kValueLanes - 1) / kValueLanes * kValueLanes, head_size = padded + kLanes;
+  const int64_t task_size = (units + parts - 1) / parts * heads_of_unit * head_size;
+  float* partials = partial_scratch.reserve<float>(int64_t(task_list.size()) * task_size);
+  auto* unfinished = unfinished_scratch.reserve<std::atomic<int64_t>>(requests * parts);
+  for (int64_t request = 0; request < requests; ++request)
+    for (int64_t part = 0; part < parts; ++part)
+      new (&unfinished[request * parts + part]) std::atomic<int64_t>(spans_of(request));
+  const Task* tasks = task_list.data();
+  const int64_t* first = first_task.data();
+
+  for_each_task(int64_t(task_list.size()), [&](int64_t index) {
+    static thread_local Scratch query_scratch, score_scratch;
+    const Task task = tasks[index];
+    const int64_t first_unit = begin_of_part(task.part), last_unit = begin_of_part(task.part + 1);
+    const int64_t first_head = first_unit * heads_of_unit;
+    const int64_t heads = std::min(last_unit * heads_of_unit, problem.heads) - first_head;
+    const int64_t query_size = shape.query_size();
+    const Pages pages{problem.block_table + task.request * problem.block_table_stride, problem.block_size};
+    const int64_t begin = shape.begin(task.request) + task.span * Shape::kSpan;
+    const int64_t end = std::min<int64_t>(begin + Shape::kSpan, problem.context_lens[task.request]);
+    Staged<T>* query = query_scratch.reserve<Staged<T>>(heads * query_size);
+    for (int64_t head = 0; head < heads; ++head)
+      shape.stage_query(task.request, first_head + head, query + head * query_size);
+    float* scores = score_scratch.reserve<float>(heads_of_unit * kBlock);
+    float* sums = partials + index * task_size;
+    std::fill_n(sums, heads * head_size, 0.0f);
+    for (int64_t head = 0; head < heads; ++head) sums[head * head_size + padded] = -std::numeric_limits<float>::max();
+    for (int64_t token = begin; token < end; token += kBlock) {
+      const int64_t count = std::min(kBlock, end - token);
+      BlockAhead ahead;
+      shape.look_ahead(pages, first_unit, last_unit, token + count, std::min(kBlock, end - token - count), ahead);
+      for (int64_t head = 0; head < heads; head += heads_of_unit) {
+        const int64_t unit = first_unit + head / heads_of_unit, unit_heads = std::min(heads_of_unit, heads - head);
+        float* to = sums + head * head_size;
+        shape.scores(pages, unit, token, count, query + head * query_size, unit_heads, scores, ahead);
+        ahead.ask(kTilesOfBlock / 2);
+        for (int64_t of_unit = 0; of_unit < unit_heads; ++of_unit) {
+          float* of_head = to + of_unit * head_size;
+          const float shrink =
+              soften(scores + of_unit * kBlock, count, problem.scale, of_head[padded], of_head[padded + 1]);
+          if (shrink != 1.0f)
+            for (int64_t at = 0; at < padded; ++at) of_head[at] *= shrink;
+        }
+        ahead.ask(kTilesOfBlock / 2);
+        shape.add_values(pages, unit, token, count, scores, unit_heads, to, head_size);
+      }
+    }
+    if (unfinished[task.request * parts + task.part].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    for (int64_t head = 0; head < heads; ++head) {  // the last task of this row and part joins all spans, in order
+      const auto span_sums = [&](int64_t span) {
+        return partials + (first[task.request] + span * parts + task.part) * task_size + head * head_size;
+      };
+      const int64_t row_spans = spans_of(task.request);
+      float maximum = -std::numeric_limits<float>::max(), total = 0.0f;
+      for (int64_t span = 0; span < row_spans; ++span) maximum = std::max(maximum, span_sums(span)[padded]);
+      float* joined = span_sums(0);
+      for (int64_t span = 0; span < row_spans; ++span) {
+        const float* part = span_sums(span);
+        const float share = std::exp(part[padded] - maximum);
+        total += part[padded + 1] * share;
+        for (int64_t at = 0; at < padded; ++at) joined[at] = (span == 0 ? 0.0f : joined[at]) + part[at] * share;
+      }
+      const float scale = total > 0.0f ? 1.0f / total : 0.0f;  // a row that sees nothing becomes zero
+      T* to = static_cast<T*>(problem.output) + (task.request * problem.heads + first_head + head) * value_size;
+      for (int64_t at = 0; at < value_size; ++at) to[at] = narrow<T>(joined[at] * scale);
+    }
+  });
+}
+
+}  // namespace omni

@@ -1,0 +1,97 @@
+// The kernels' interface: plain pointers, sizes and strides in elements. No torch here, so that a kernel compiles fast.
+#pragma once
+
+#include <cstdint>
+
+namespace omni {
+
+enum class Element { kFloat32, kBFloat16, kFloat16 };
+
+// Calls body(context, task) for every task in [0, tasks), on as many threads as torch uses, and returns when all are
+// done. Tasks are taken in order, one at a time, so a thread that comes late takes fewer. A body must not throw.
+void run_tasks(int64_t tasks, void* context, void (*body)(void* context, int64_t task));
+int64_t thread_count();
+
+template <class Body>
+void for_each_task(int64_t tasks, const Body& body) {
+  run_tasks(tasks, const_cast<Body*>(&body), [](void* context, int64_t task) { (*static_cast<Body*>(context))(task); });
+}
+
+// x [rows, inputs] * weight [outputs, inputs]^T + bias [outputs] -> output [rows, outputs].
+struct Linear {
+  Element element;
+  int64_t rows, inputs, outputs;
+  const void *x, *weight, *bias;  // bias may be null
+  int64_t x_stride, weight_stride;
+  void* output;
+  int64_t output_stride;
+};
+void linear(const Linear& problem);
+// The largest number of rows for which `linear` is known to be ahead of the library's product.
+int64_t most_rows(Element element);
+
+// Per head: x [rows, heads, inputs] with weight [heads, outputs, inputs] -> output [rows, heads, outputs], contiguous.
+// `transposed`: weight [heads, inputs, outputs] instead. The last dimension of every tensor is contiguous.
+struct HeadLinear {
+  Element element;
+  bool transposed;
+  int64_t rows, heads, inputs, outputs;
+  const void *x, *weight;
+  int64_t x_row_stride, x_head_stride, weight_head_stride, weight_stride;
+  void* output;
+};
+void head_linear(const HeadLinear& problem);
+
+// A cache [blocks, block_size, heads, dim], the last dimension contiguous.
+struct PagedCache {
+  const void* data;
+  int64_t block_stride, token_stride, head_stride;
+};
+
+struct PagedAttention {
+  Element element;
+  int64_t requests, heads, kv_heads, dim, value_dim, block_size;
+  const void* query;  // [requests, heads, dim]
+  int64_t query_stride, query_head_stride;
+  PagedCache key, value;
+  const int32_t* block_table;  // [requests, …]
+  int64_t block_table_stride;
+  const int32_t* context_lens;  // [requests]
+  float scale;
+  int64_t window;  // -1: none
+  void* output;    // [requests, heads, value_dim], contiguous
+};
+void paged_decode_attention(const PagedAttention& problem);
+
+struct LatentAttention {
+  Element element;
+  int64_t requests, heads, rank, rope_dim, block_size;
+  const void* query_latent;  // [requests, heads, rank]
+  int64_t query_latent_stride, query_latent_head_stride;
+  const void* query_rope;  // [requests, heads, rope_dim]
+  int64_t query_rope_stride, query_rope_head_stride;
+  PagedCache latent, rope_key;  // one head each
+  const int32_t* block_table;
+  int64_t block_table_stride;
+  const int32_t* context_lens;
+  float scale;
+  void* output;  // [requests, heads, rank], contiguous
+};
+void mla_decode_attention(const LatentAttention& problem);
+
+struct RoutedExperts {
+  Element element;
+  int64_t tokens, experts_per_token, experts, dim, inner;
+  const void* hidden;  // [tokens, dim]
+  int64_t hidden_stride;
+  const float* weights;       // [tokens, experts_per_token], contiguous
+  const int64_t* expert_ids;  // the same; each in [0, experts)
+  const void* gate_up;        // [experts, 2 * inner, dim]
+  int64_t gate_up_expert_stride, gate_up_stride;
+  const void* down;  // [experts, dim, inner]
+  int64_t down_expert_stride, down_stride;
+  void* output;  // [tokens, dim], contiguous
+};
+void routed_experts(const RoutedExperts& problem);
+
+}  // namespace omni

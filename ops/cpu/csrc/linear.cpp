@@ -1,0 +1,150 @@
+// Matrix products with few rows: every weight is read once, in the order it lies in memory.
+//
+// A product is cut into tasks of output features. Within a task, kTileRows weight rows at a time meet all rows of x as
+// dot products. The sum of one output runs over the inputs in one fixed order, so it does not depend on how many rows
+// x has, nor on how many threads there are.
+
+#include <algorithm>
+#include <limits>
+
+#include "tiles.h"
+
+namespace omni {
+namespace {
+
+constexpr int64_t kStagedRows = 256;           // rows of x that are staged at a time
+constexpr int64_t kCachedBytes = 256 * 1024;   // of staged x that a thread goes through per group of weight rows
+constexpr int64_t kTasksPerThread = 8;
+
+template <class T>
+void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64_t first, int64_t count) {
+  const auto* weight = static_cast<const T*>(problem.weight);
+  const auto* bias = static_cast<const T*>(problem.bias);
+  auto* output = static_cast<T*>(problem.output) + first * problem.output_stride;
+  const int64_t inputs = problem.inputs, outputs = problem.outputs;
+  const int64_t groups = (outputs + kTileRows - 1) / kTileRows;
+  const int64_t groups_per_task = std::clamp<int64_t>(groups / (thread_count() * kTasksPerThread), 4, 64);
+  const int64_t cached = std::max<int64_t>(kCachedBytes / int64_t(x_stride * sizeof(Staged<T>)), 1);
+  const int64_t rows_at_once = std::min(kStagedRows, (cached + kTileColumns - 1) / kTileColumns * kTileColumns);
+  for_each_task((groups + groups_per_task - 1) / groups_per_task, [&](int64_t task) {
+    const int64_t begin = task * groups_per_task * kTileRows;
+    const int64_t end = std::min(begin + groups_per_task * kTileRows, outputs);
+    float sums[kStagedRows * kTileRows];
+    for (int64_t row = 0; row < count; row += rows_at_once) {
+      const int64_t rows = std::min(rows_at_once, count - row);
+      for (int64_t n = begin; n < end; n += kTileRows) {
+        const int64_t width = std::min<int64_t>(kTileRows, end - n);
+        const T* from = weight + n * problem.weight_stride;
+        if (width == kTileRows) {
+          const T* const tile[kTileRows] = {from, from + problem.weight_stride, from + 2 * problem.weight_stride,
+                                            from + 3 * problem.weight_stride};
+          Ahead ahead;
+          if (row == 0) {
+            ahead.next = reinterpret_cast<const char*>(from + kTileRows * problem.weight_stride);
+            const int64_t left = std::min<int64_t>(kTileRows, end - n - kTileRows);
+            ahead.end = reinterpret_cast<const char*>(from + (kTileRows + left) * problem.weight_stride);
+          }
+          dot_columns<T, kTileRows>(tile, x + row * x_stride, x_stride, rows, inputs, sums, kTileRows, ahead);
+        } else {
+          Ahead none;
+          for (int64_t r = 0; r < width; ++r) {
+            const T* const single[1] = {from + r * problem.weight_stride};
+            dot_columns<T, 1>(single, x + row * x_stride, x_stride, rows, inputs, sums + r, kTileRows, none);
+          }
+        }
+        for (int64_t m = 0; m < rows; ++m) {
+          T* to = output + (row + m) * problem.output_stride + n;
+          for (int64_t r = 0; r < width; ++r)
+            to[r] = narrow<T>(sums[m * kTileRows + r] + (bias ? to_float(bias[n + r]) : 0.0f));
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void linear_of(const Linear& problem) {
+  const auto* x = static_cast<const T*>(problem.x);
+  if constexpr (Staging<T>::kSame) {
+    if (problem.inputs % Staging<T>::kStep == 0) {
+      for (int64_t row = 0; row < problem.rows; row += kStagedRows)
+        multiply<T>(problem, reinterpret_cast<const Staged<T>*>(x + row * problem.x_stride), problem.x_stride, row,
+                    std::min(kStagedRows, problem.rows - row));
+      return;
+    }
+  }
+  static thread_local Scratch scratch;
+  const int64_t stride = staged_size<T>(problem.inputs);
+  auto* staged = scratch.reserve<Staged<T>>(std::min(kStagedRows, problem.rows) * stride);
+  for (int64_t row = 0; row < problem.rows; row += kStagedRows) {
+    const int64_t count = std::min(kStagedRows, problem.rows - row);
+    for (int64_t m = 0; m < count; ++m) stage<T>(x + (row + m) * problem.x_stride, problem.inputs, staged + m * stride);
+    multiply<T>(problem, staged, stride, row, count);
+  }
+}
+
+// One head's share of the outputs, few enough that batches of one row keep all threads busy.
+constexpr int64_t kHeadOutputs = 128;
+
+template <class T>
+void head_linear_of(const HeadLinear& problem) {
+  const auto* x = static_cast<const T*>(problem.x);
+  const auto* weight = static_cast<const T*>(problem.weight);
+  auto* output = static_cast<T*>(problem.output);
+  const int64_t rows = problem.rows, heads = problem.heads, inputs = problem.inputs, outputs = problem.outputs;
+  const int64_t parts = (outputs + kHeadOutputs - 1) / kHeadOutputs;
+  for_each_task(heads * parts, [&](int64_t task) {
+    static thread_local Scratch x_scratch, sums_scratch, pointers_scratch;
+    const int64_t head = task / parts, begin = task % parts * kHeadOutputs;
+    const int64_t width = std::min(kHeadOutputs, outputs - begin);
+    const T* head_weight = weight + head * problem.weight_head_stride;
+    float* sums = sums_scratch.reserve<float>(rows * width);
+    const T* head_x = x + head * problem.x_head_stride;
+    if (problem.transposed) {  // a weight row is scaled by one input and added to the outputs
+      float* scales = x_scratch.reserve<float>(rows * inputs);
+      const T** pointers = pointers_scratch.reserve<const T*>(inputs);
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t k = 0; k < inputs; ++k) scales[row * inputs + k] = to_float(head_x[row * problem.x_row_stride + k]);
+      for (int64_t k = 0; k < inputs; ++k) pointers[k] = head_weight + k * problem.weight_stride + begin;
+      std::fill_n(sums, rows * width, 0.0f);
+      weighted_sums<T>(pointers, inputs, width, scales, inputs, rows, sums, width);
+    } else {
+      const int64_t stride = staged_size<T>(inputs);
+      Staged<T>* staged = x_scratch.reserve<Staged<T>>(rows * stride);
+      for (int64_t row = 0; row < rows; ++row) stage<T>(head_x + row * problem.x_row_stride, inputs, staged + row * stride);
+      Ahead none;
+      int64_t n = 0;
+      for (; n + kTileRows <= width; n += kTileRows) {
+        const T* from = head_weight + (begin + n) * problem.weight_stride;
+        const T* const tile[kTileRows] = {from, from + problem.weight_stride, from + 2 * problem.weight_stride,
+                                          from + 3 * problem.weight_stride};
+        dot_columns<T, kTileRows>(tile, staged, stride, rows, inputs, sums + n, width, none);
+      }
+      for (; n < width; ++n) {
+        const T* const single[1] = {head_weight + (begin + n) * problem.weight_stride};
+        dot_columns<T, 1>(single, staged, stride, rows, inputs, sums + n, width, none);
+      }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      T* to = output + (row * heads + head) * outputs + begin;
+      for (int64_t n = 0; n < width; ++n) to[n] = narrow<T>(sums[row * width + n]);
+    }
+  });
+}
+
+}  // namespace
+
+void linear(const Linear& problem) {
+  with_element(problem.element, [&](auto element) { linear_of<decltype(element)>(problem); });
+}
+
+int64_t most_rows(Element element) {
+  if (element == Element::kBFloat16 && kHasBFloat16Dot) return 64;
+  return element == Element::kFloat32 ? 32 : std::numeric_limits<int64_t>::max();
+}
+
+void head_linear(const HeadLinear& problem) {
+  with_element(problem.element, [&](auto element) { head_linear_of<decltype(element)>(problem); });
+}
+
+}  // namespace omni

@@ -1,0 +1,297 @@
+// The two register-blocked inner loops that every kernel is made of: dot products of rows, and weighted sums of rows.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+#include "kernels.h"
+#include "vector.h"
+
+namespace omni {
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasBFloat16Dot = true;
+#else
+constexpr bool kHasBFloat16Dot = false;
+#endif
+
+// How a row is kept while it is multiplied with many others, and how many elements one step of a dot product takes.
+// Rows are staged with zeros up to a whole step.
+template <class T>
+struct Staging {  // float32, float16: floats in order
+  using Type = float;
+  static constexpr int kStep = kLanes;
+  static constexpr bool kSame = sizeof(T) == sizeof(float);
+  static constexpr int64_t position(int64_t index) { return index; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Staging<BFloat16> {
+  using Type = BFloat16;
+  static constexpr int kStep = 2 * kLanes;
+  static constexpr bool kSame = true;
+  static constexpr int64_t position(int64_t index) { return index; }
+};
+#else
+// Two bfloat16 share a 32-bit word, and a shift and a mask take them apart: so floats are staged with the even elements
+// of a step first, then the odd ones.
+template <>
+struct Staging<BFloat16> {
+  using Type = float;
+  static constexpr int kStep = 2 * kLanes;
+  static constexpr bool kSame = false;
+  static constexpr int64_t position(int64_t index) {
+    return index / kStep * kStep + index % 2 * kLanes + index % kStep / 2;
+  }
+};
+#endif
+
+template <class T>
+using Staged = typename Staging<T>::Type;
+
+template <class T>
+constexpr int64_t staged_size(int64_t size) {
+  return (size + Staging<T>::kStep - 1) / Staging<T>::kStep * Staging<T>::kStep;
+}
+
+template <class T>
+OMNI_INLINE void stage(const T* from, int64_t size, Staged<T>* to) {
+  if constexpr (Staging<T>::kSame) {
+    std::memcpy(to, from, size * sizeof(T));
+    std::memset(to + size, 0, (staged_size<T>(size) - size) * sizeof(T));
+  } else {
+    int64_t index = 0;
+    if constexpr (Staging<T>::kStep == kLanes) {
+      for (; index + kLanes <= size; index += kLanes) store(to + index, widen(from + index));
+    } else {
+      for (; index + 2 * kLanes <= size; index += 2 * kLanes) {
+        const Words pairs = load<Words>(from + index);
+        store(to + index, bits_as<Floats>(pairs << 16));
+        store(to + index + kLanes, bits_as<Floats>(pairs & 0xffff0000u));
+      }
+    }
+    if (index < size) std::memset(to + index, 0, Staging<T>::kStep * sizeof(float));
+    for (; index < size; ++index) to[Staging<T>::position(index)] = to_float(from[index]);
+  }
+}
+
+template <class T, int kRows, int kColumns>
+OMNI_INLINE void dot_step(Floats (&sums)[kRows][kColumns], const T* const (&rows)[kRows], int64_t at, const Staged<T>* x,
+                          int64_t x_stride) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    __m512i columns[kColumns];
+    OMNI_UNROLL
+    for (int c = 0; c < kColumns; ++c) columns[c] = _mm512_loadu_si512(x + c * x_stride + at);
+    OMNI_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i row = _mm512_loadu_si512(rows[r] + at);
+      OMNI_UNROLL
+      for (int c = 0; c < kColumns; ++c)
+        sums[r][c] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][c], (__m512bh)row, (__m512bh)columns[c]);
+    }
+    return;
+  }
+#endif
+  constexpr int kParts = Staging<T>::kStep / kLanes;
+  OMNI_UNROLL
+  for (int part = 0; part < kParts; ++part) {
+    Floats columns[kColumns];
+    OMNI_UNROLL
+    for (int c = 0; c < kColumns; ++c) columns[c] = load<Floats>(x + c * x_stride + at + part * kLanes);
+    OMNI_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      Floats row;
+      if constexpr (kParts == 2) {
+        const Words pairs = load<Words>(rows[r] + at);
+        row = bits_as<Floats>(part == 0 ? pairs << 16 : pairs & 0xffff0000u);
+      } else {
+        row = widen(rows[r] + at);
+      }
+      OMNI_UNROLL
+      for (int c = 0; c < kColumns; ++c) sums[r][c] += row * columns[c];
+    }
+  }
+}
+
+constexpr int kTileRows = 4;
+constexpr int kTileColumns = kRegisters == 32 ? 6 : 3;  // kTileRows * columns sums, the columns, one row: all registers
+
+// Memory that will be read next, asked for a little at a time while there is something to compute.
+struct Ahead {
+  const char* next = nullptr;
+  const char* end = nullptr;
+
+  OMNI_INLINE void ask(int lines) {
+    OMNI_UNROLL
+    for (int line = 0; line < lines; ++line) {
+      if (next < end) {
+        __builtin_prefetch(next, 0, 2);
+        next += kLineBytes;
+      }
+    }
+  }
+};
+
+// sums[column * stride + row] = rows[row] . x[column], every one added up in the same order whatever the tile.
+template <class T, int kRows, int kColumns>
+OMNI_INLINE void dot_tile(const T* const (&rows)[kRows], const Staged<T>* x, int64_t x_stride, int64_t size, float* sums,
+                          int64_t stride, Ahead& ahead) {
+  constexpr int kStep = Staging<T>::kStep;
+  constexpr int kLines = (kRows * kStep * sizeof(T) + kLineBytes - 1) / kLineBytes;
+  Floats partial[kRows][kColumns] = {};
+  int64_t at = 0;
+  for (; at + kStep <= size; at += kStep) {
+    ahead.ask(kLines);
+    dot_step<T, kRows, kColumns>(partial, rows, at, x, x_stride);
+  }
+  if (at < size) {
+    T rests[kRows][kStep] = {};
+    const T* rest_rows[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      std::memcpy(rests[r], rows[r] + at, (size - at) * sizeof(T));
+      rest_rows[r] = rests[r];
+    }
+    dot_step<T, kRows, kColumns>(partial, rest_rows, 0, x + at, x_stride);
+  }
+  OMNI_UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    if constexpr (kRows == 4) {
+      store_sums(sums + c * stride, partial[0][c], partial[1][c], partial[2][c], partial[3][c]);
+    } else {
+      OMNI_UNROLL
+      for (int r = 0; r < kRows; ++r) sums[c * stride + r] = sum_of(partial[r][c]);
+    }
+  }
+}
+
+// sums[column * stride + row] for a few rows (kRows) and any number of staged columns.
+template <class T, int kRows>
+inline void dot_columns(const T* const (&rows)[kRows], const Staged<T>* x, int64_t x_stride, int64_t columns,
+                        int64_t size, float* sums, int64_t stride, Ahead& ahead) {
+  // groups of nearly the same size: 8 columns are 4 + 4, not 6 + 2
+  const int64_t groups = (columns + kTileColumns - 1) / kTileColumns;
+  for (int64_t group = 0, column = 0; group < groups; ++group) {
+    const int64_t width = columns * (group + 1) / groups - column;
+    const Staged<T>* from = x + column * x_stride;
+    float* to = sums + column * stride;
+    switch (width) {
+      case 1: dot_tile<T, kRows, 1>(rows, from, x_stride, size, to, stride, ahead); break;
+      case 2: dot_tile<T, kRows, 2>(rows, from, x_stride, size, to, stride, ahead); break;
+      case 3: dot_tile<T, kRows, 3>(rows, from, x_stride, size, to, stride, ahead); break;
+      default:
+        if constexpr (kTileColumns > 3) {
+          switch (width) {
+            case 4: dot_tile<T, kRows, 4>(rows, from, x_stride, size, to, stride, ahead); break;
+            case 5: dot_tile<T, kRows, 5>(rows, from, x_stride, size, to, stride, ahead); break;
+            default: dot_tile<T, kRows, 6>(rows, from, x_stride, size, to, stride, ahead); break;
+          }
+        }
+    }
+    column += width;
+  }
+}
+
+// to[head][index] += sum over rows of weights[head][row] * rows[row][index], for a few heads and indices at a time.
+// `row_at(row)`: where the row's share begins.
+template <int kHeads, int kVectors, class RowAt>
+OMNI_INLINE void weighted_tile(const RowAt& row_at, int64_t count, const float* weights, int64_t weights_stride,
+                               float* to, int64_t to_stride) {
+  Floats sums[kHeads][kVectors];
+  OMNI_UNROLL
+  for (int h = 0; h < kHeads; ++h) {
+    OMNI_UNROLL
+    for (int v = 0; v < kVectors; ++v) sums[h][v] = load<Floats>(to + h * to_stride + v * kLanes);
+  }
+  for (int64_t row = 0; row < count; ++row) {
+    const auto* from = row_at(row);
+    Floats values[kVectors];
+    OMNI_UNROLL
+    for (int v = 0; v < kVectors; ++v) values[v] = widen(from + v * kLanes);
+    OMNI_UNROLL
+    for (int h = 0; h < kHeads; ++h) {
+      const Floats weight = splat(weights[h * weights_stride + row]);
+      OMNI_UNROLL
+      for (int v = 0; v < kVectors; ++v) sums[h][v] += weight * values[v];
+    }
+  }
+  OMNI_UNROLL
+  for (int h = 0; h < kHeads; ++h) {
+    OMNI_UNROLL
+    for (int v = 0; v < kVectors; ++v) store(to + h * to_stride + v * kLanes, sums[h][v]);
+  }
+}
+
+template <class T, int kHeads>
+inline void weighted_heads(const T* const* rows, int64_t count, int64_t size, const float* weights,
+                           int64_t weights_stride, float* to, int64_t to_stride) {
+  constexpr int kVectors = (kRegisters == 32 ? 16 : 8) / kHeads;
+  int64_t at = 0;
+  const auto row_at = [&](int64_t row) __attribute__((always_inline)) { return rows[row] + at; };
+  for (; at + kVectors * kLanes <= size; at += kVectors * kLanes)
+    weighted_tile<kHeads, kVectors>(row_at, count, weights, weights_stride, to + at, to_stride);
+  for (; at + kLanes <= size; at += kLanes)
+    weighted_tile<kHeads, 1>(row_at, count, weights, weights_stride, to + at, to_stride);
+  for (; at < size; ++at) {
+    for (int h = 0; h < kHeads; ++h) {
+      float sum = to[h * to_stride + at];
+      for (int64_t row = 0; row < count; ++row) sum += weights[h * weights_stride + row] * to_float(rows[row][at]);
+      to[h * to_stride + at] = sum;
+    }
+  }
+}
+
+// The same for any number of heads, weights [heads, weights_stride] and to [heads, to_stride].
+template <class T>
+inline void weighted_sums(const T* const* rows, int64_t count, int64_t size, const float* weights,
+                          int64_t weights_stride, int64_t heads, float* to, int64_t to_stride) {
+  int64_t head = 0;
+  for (; head + 4 <= heads; head += 4)
+    weighted_heads<T, 4>(rows, count, size, weights + head * weights_stride, weights_stride, to + head * to_stride,
+                         to_stride);
+  for (; head + 2 <= heads; head += 2)
+    weighted_heads<T, 2>(rows, count, size, weights + head * weights_stride, weights_stride, to + head * to_stride,
+                         to_stride);
+  for (; head < heads; ++head)
+    weighted_heads<T, 1>(rows, count, size, weights + head * weights_stride, weights_stride, to + head * to_stride,
+                         to_stride);
+}
+
+// Memory of one thread that is kept from call to call, because fresh pages cost more than the kernels that use them.
+class Scratch {
+ public:
+  // Aligned for vectors; valid until the next call on this object, contents undefined.
+  template <class T>
+  T* reserve(int64_t count) {
+    const size_t bytes = (size_t(count) * sizeof(T) + 2 * kLineBytes) / kLineBytes * kLineBytes;
+    if (bytes > size_) {
+      memory_.reset(std::aligned_alloc(kLineBytes, bytes));
+      size_ = memory_ ? bytes : 0;
+      if (!memory_) throw std::bad_alloc();
+    }
+    return static_cast<T*>(memory_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  size_t size_ = 0;
+};
+
+// Calls function(T{}) with the C++ type of an element.
+template <class Function>
+void with_element(Element element, const Function& function) {
+  switch (element) {
+    case Element::kFloat32: return function(float{});
+    case Element::kBFloat16: return function(BFloat16{});
+    case Element::kFloat16: return function(Float16{});
+  }
+}
+
+}  // namespace omni

@@ -1,0 +1,88 @@
+"""The C++ kernels with the names and signatures of the plain bodies.
+
+They take tensors on the CPU in float32, bfloat16 or float16, add up in float32, and read nothing that their result does
+not depend on. A row's result does not depend on the other rows of a call, nor on the number of threads; only `linear`
+and `routed_experts` hand large calls to the library, whose order of summation is its own. Importing this module loads the
+library: see `build.load_kernels` for what that can raise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import build
+
+build.load_kernels()
+
+_ops = torch.ops.omni
+
+
+@torch.library.register_fake("omni::linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("omni::head_linear")
+def _(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], weight.shape[2 if transposed else 1]))
+
+
+@torch.library.register_fake("omni::paged_decode_attention")
+def _(query: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: object) -> Tensor:
+    return query.new_empty((query.shape[0], query.shape[1], value_cache.shape[3]))
+
+
+@torch.library.register_fake("omni::mla_decode_attention")
+def _(query_latent: Tensor, *rest: object) -> Tensor:
+    return query_latent.new_empty(query_latent.shape)
+
+
+@torch.library.register_fake("omni::routed_experts")
+def _(hidden: Tensor, *rest: object) -> Tensor:
+    return hidden.new_empty(hidden.shape)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `ops.linear.linear`."""
+    return _ops.linear(x, weight, bias)
+
+
+def head_linear(x: Tensor, weight: Tensor, transposed: bool = False) -> Tensor:
+    """As `ops.linear.head_linear`."""
+    return _ops.head_linear(x, weight, transposed)
+
+
+def paged_decode_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """As `ops.attention.paged_decode_attention`; a row that sees nothing (context_len 0) comes out as zeros."""
+    return _ops.paged_decode_attention(
+        query, key_cache, value_cache, block_table, context_lens, scale, -1 if window is None else window
+    )
+
+
+def mla_decode_attention(
+    query_latent: Tensor,
+    query_rope: Tensor,
+    latent_cache: Tensor,
+    rope_key_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """As `ops.mla.mla_decode_attention`; a row that sees nothing (context_len 0) comes out as zeros."""
+    return _ops.mla_decode_attention(
+        query_latent, query_rope, latent_cache, rope_key_cache, block_table, context_lens, scale
+    )
+
+
+def routed_experts(hidden: Tensor, weights: Tensor, expert_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """As `ops.moe.routed_experts`."""
+    return _ops.routed_experts(hidden, weights, expert_ids, gate_up, down)

@@ -1,0 +1,181 @@
+"""`omni-engine bench graph`: decode steps at each batch size, compiled and eager, against the floor of the machine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ...engine.config import EngineConfig
+from ...engine.decode_loop import SAMPLING, DecodeLoop, StepTimes, TimedGraphs
+from ...engine.floor import decode_cost, floor_seconds
+from ..arguments import add_engine_arguments, engine_args
+from ..serve_arguments import take_model_argument
+from .arguments import BenchParser, batch_sizes, count, positive_int, write_json
+from .graph_report import GearTimes, graph_plot, graph_result, graph_tables
+
+BLOCK_SIZE = 16
+# Steps of a loop beside those that are timed one by one: as many again as the engine makes them, and a few at its ends.
+SPARE_STEPS = 8
+POLL_SECONDS = 0.1
+
+
+def graph_parser() -> BenchParser:
+    parser = BenchParser("bench graph", "MODEL", "Time decode steps, compiled and eager, against the machine's floor.")
+    parser.add_argument("model_argument", metavar="MODEL", nargs="?", help="checkpoint directory or model id")
+    add = parser.add_argument_group("benchmark").add_argument
+    add("--batch-sizes", type=batch_sizes, default=(1, 8, 32, 128), help="requests per step (default: 1,8,32,128)")
+    add("--context-len", type=positive_int, default=1024, help="tokens stored before the first step (default: 1024)")
+    add("--num-steps", type=positive_int, default=30, help="steps of each kind that are timed (default: 30)")
+    add("--num-steps-warmup", type=count, default=5, help="steps of each kind before them (default: 5)")
+    add("--sampler", choices=tuple(SAMPLING), default="greedy",
+        help="what the graph ends in: the likeliest token, a draw, or logits for top-k and top-p (greedy)")  # fmt: skip
+    add("--num-layers", type=positive_int,
+        help="build this many layers only, so that one layer of a large model can be timed at its width; "
+        "implies --load-format dummy")  # fmt: skip
+    add("--output-json", metavar="FILE", help="save the result as JSON")
+    add("--plot", metavar="FILE.svg", help="draw the time per step over the batch size, with the floor")
+    add("--disable-tqdm", action="store_true", help="show no progress bar")
+    add_engine_arguments(parser)
+    return parser
+
+
+def run_graph(parser: BenchParser, arguments: argparse.Namespace) -> int:
+    """Run the benchmark; prints tables, and saves JSON and a plot if asked to."""
+    take_model_argument(parser, arguments)
+    if arguments.plot is not None and Path(arguments.plot).suffix != ".svg":
+        parser.error(
+            f"--plot draws SVG, which every browser shows and converts; end the name in .svg: {arguments.plot}"
+        )
+    if arguments.num_layers is not None:
+        if getattr(arguments, "load_format", "dummy") != "dummy":
+            parser.error(f"--num-layers needs --load-format dummy, a checkpoint has all: {arguments.load_format}")
+        arguments.load_format = "dummy"
+    config = bench_config(arguments)
+
+    import torch
+
+    from ...engine.core import EngineCore
+    from ...engine.machine_rates import measure_machine_rates
+
+    core = EngineCore.load(config)
+    device: torch.device = core.runner.device
+    graphs = core.runner.graphs
+    synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    keys = {size: graphs.key_for(size, arguments.sampler) for size in arguments.batch_sizes}
+    _wait_for_graphs(graphs, keys.values(), disable=arguments.disable_tqdm)
+    rates = measure_machine_rates(device, config.dtype)
+    timed = TimedGraphs(graphs)
+    results: list[dict[str, Any]] = []
+    total = len(keys) * (arguments.num_steps_warmup + 2 * arguments.num_steps)
+    with tqdm(total=total, unit="step", disable=arguments.disable_tqdm) as bar:
+        for size, key in keys.items():
+            bar.set_description(f"Batch size {size}")
+            loop = DecodeLoop(
+                core, timed, num_requests=size, context_len=arguments.context_len, max_steps=loop_steps(arguments),
+                sampler=arguments.sampler, enable_prefix_caching=config.args.enable_prefix_caching,
+                synchronize=synchronize,
+            )  # fmt: skip
+            has_graph = key is not None and graphs.is_ready(key)
+            times, context_len = _time_gear(loop, timed, arguments, has_graph, bar)
+            cost = decode_cost(config.model, size, context_len, dtype=config.dtype)
+            report = graphs.reports[key] if key is not None and has_graph else None
+            results.append(graph_result(size, report, times, cost, floor_seconds(cost, rates)))
+    core.close()
+    result = {
+        "model_id": config.args.model,
+        "num_layers": config.model.num_layers,
+        "dtype": config.dtype,
+        "backend": graphs.backend.name if graphs.backend is not None else "none",
+        "sampler": arguments.sampler,
+        "context_len": arguments.context_len,
+        "num_steps": arguments.num_steps,
+        "machine": dataclasses.asdict(rates),
+        "results": results,
+    }
+    print(graph_tables(result))
+    if arguments.output_json is not None:
+        write_json(arguments.output_json, result)
+    if arguments.plot is not None:
+        Path(arguments.plot).write_text(graph_plot(result), encoding="utf-8")
+    return 0
+
+
+def bench_config(arguments: argparse.Namespace) -> EngineConfig:
+    """The engine of the flags, made for these steps where they leave it open: gears, rows, lengths, KV blocks."""
+    args = engine_args(arguments)
+    changes: dict[str, Any] = {}
+    if arguments.num_layers is not None:
+        changes["hf_overrides"] = {**args.hf_overrides, "num_hidden_layers": arguments.num_layers}
+        args = dataclasses.replace(args, **changes)
+    length = arguments.context_len + loop_steps(arguments) + 2
+    block_size = args.block_size or BLOCK_SIZE
+    largest = max(arguments.batch_sizes)
+    longest = EngineConfig.from_args(args).model.derived_max_model_len
+    if length > longest:
+        raise ValueError(
+            f"--context-len and --num-steps take {length} tokens, more than the model's {longest}; lower one of them"
+        )
+    if args.max_num_seqs is not None and args.max_num_seqs < largest:
+        raise ValueError(f"--batch-sizes must not be above --max-num-seqs={args.max_num_seqs}: {largest}")
+    defaults: dict[str, Any] = {
+        "max_model_len": length,
+        "max_num_seqs": largest,
+        "max_num_batched_tokens": max(2048, largest),
+        "block_size": block_size,
+        "cudagraph_capture_sizes": list(arguments.batch_sizes),
+    }
+    if args.kv_cache_memory_bytes is None:
+        defaults["num_gpu_blocks_override"] = largest * -(-length // block_size) + 1
+    changes = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    return EngineConfig.from_args(dataclasses.replace(args, **changes))
+
+
+def loop_steps(arguments: argparse.Namespace) -> int:
+    """Most tokens that a request of the benchmark generates."""
+    return 2 * (arguments.num_steps_warmup + arguments.num_steps) + arguments.num_steps + SPARE_STEPS
+
+
+def _wait_for_graphs(graphs: Any, keys: Iterable[Any], *, disable: bool) -> None:
+    """Wait until the graphs are there, or until no more come; then the background is stopped, as it would be timed."""
+    wanted = [key for key in keys if key is not None]
+    with tqdm(total=len(wanted), desc="Graphs", unit="graph", disable=disable) as bar:
+        while graphs.backend is not None:
+            missing = [key for key in wanted if not graphs.is_ready(key)]
+            bar.update(len(wanted) - len(missing) - bar.n)
+            if not missing or graphs.wait(0):
+                break
+            graphs.backend.demand(missing[0])
+            time.sleep(POLL_SECONDS)
+        graphs.close()
+
+
+def _time_gear(
+    loop: DecodeLoop, timed: TimedGraphs, arguments: argparse.Namespace, has_graph: bool, bar: Any
+) -> tuple[GearTimes, float]:
+    """The times of one batch size, and the number of stored tokens that they are for, on average."""
+    eager: list[StepTimes] = []
+    graph: list[StepTimes] = []
+    first = 0
+    for index in range(arguments.num_steps_warmup + arguments.num_steps):
+        if index == arguments.num_steps_warmup:
+            first = loop.context_len
+            eager.clear()
+            graph.clear()
+        # In turn, so that whatever else the machine does falls on both.
+        timed.bypassed = True
+        eager.append(loop.step())
+        if has_graph:
+            timed.bypassed = False
+            graph.append(loop.step())
+        bar.update()
+    context_len = (first + loop.context_len - 1) / 2
+    timed.bypassed = not has_graph
+    engine_seconds = loop.engine_step_seconds(arguments.num_steps)
+    bar.update(arguments.num_steps)
+    return GearTimes(eager, graph, engine_seconds), context_len

@@ -1,0 +1,157 @@
+"""What `bench graph` shows of the times it took: JSON data, tables, and a plot with the floor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...engine.decode_loop import StepTimes
+from ...engine.floor import Floor, StepCost
+from .plot import Line, line_plot
+
+_HOST_ROWS = {
+    "schedule": "schedule", "step_input": "StepInput", "launch": "launch", "device": "device",
+    "step_output": "StepOutput", "update": "update",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GearTimes:
+    """The timed steps of one batch size. Without a graph `graph` is empty, and the engine's steps are eager."""
+
+    eager: Sequence[StepTimes]
+    graph: Sequence[StepTimes]
+    engine_seconds: float  # per step, with the next one launched before the last one is read
+
+
+def graph_result(
+    num_requests: int, report: Any | None, times: GearTimes, cost: StepCost, floor: Floor
+) -> dict[str, Any]:
+    """JSON data of one batch size; `report` is its graph's `CaptureReport`. Rates and shares are of the graph's steps,
+    eager ones where there is none; shares are 1 at the floor."""
+    steps = times.graph or times.eager
+    seconds = float(np.median([step.total for step in steps]))
+    replay = float(np.median([step.replay for step in steps]))
+    return {
+        "batch_size": num_requests,
+        "graph": None if report is None else {
+            "from_cache": report.from_cache,
+            "compile_seconds": report.compile_seconds,
+            "ready_seconds": report.seconds,
+            "artefact_bytes": report.num_bytes,
+        },
+        "eager_ms": _spread(times.eager),
+        "graph_ms": _spread(times.graph) if times.graph else None,
+        "replay_ms": replay * 1e3,
+        "engine_ms": times.engine_seconds * 1e3,
+        "host_us": {
+            name: float(np.median([getattr(step, name) for step in steps])) * 1e6 for name in _HOST_ROWS
+        },
+        "weight_bytes": cost.weight_bytes,
+        "kv_bytes": cost.kv_bytes,
+        "other_bytes": cost.other_bytes,
+        "flops": cost.flops,
+        "gb_per_second": cost.bytes / seconds / 1e9,
+        "gflop_per_second": cost.flops / seconds / 1e9,
+        "floor_ms": floor.seconds * 1e3,
+        "floor_bound": floor.bound,
+        "share_of_floor": floor.share(seconds),
+        "replay_share_of_floor": floor.share(replay),
+        "engine_share_of_floor": floor.share(times.engine_seconds),
+        "tokens_per_second": num_requests / times.engine_seconds,
+    }  # fmt: skip
+
+
+def _spread(steps: Sequence[StepTimes]) -> dict[str, float]:
+    """Of whole steps, in milliseconds."""
+    p10, median, p90 = np.percentile([step.total for step in steps], (10, 50, 90)) * 1e3
+    return {"median": float(median), "p10": float(p10), "p90": float(p90)}
+
+
+def graph_tables(result: dict[str, Any]) -> str:
+    """The whole result as text."""
+    machine, rows = result["machine"], result["results"]
+    threads = f", {machine['num_threads']} threads" if machine["num_threads"] else ""
+    lines = [
+        f"Model: {result['model_id']}, {result['num_layers']} layers, {result['dtype']}",
+        f"Graphs: {result['backend']}, sampler {result['sampler']}; {result['context_len']} tokens stored before the "
+        f"first of {result['num_steps']} steps of each kind, eager and graph in turn",
+        f"Machine: {machine['device']}{threads}: reads {machine['bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"multiplies {machine['flops_per_second'] / 1e9:,.0f} GFLOP/s ({machine['dtype']}), measured now",
+        "",
+        *_table([_step_row(row) for row in rows]),
+        "",
+        *_table([_cost_row(row) for row in rows]),
+        "",
+        "Microseconds per step, medians; on a CPU the launch is the computation"
+        + (", and StepInput includes choosing the tokens" if result["sampler"] == "split" else ""),
+        *_table([{"batch": str(row["batch_size"])} | _host_row(row) for row in rows]),
+    ]
+    if any(row["graph"] for row in rows):
+        lines += ["", *_table([_graph_row(row) for row in rows if row["graph"]])]
+    return "\n".join(lines)
+
+
+def _step_row(row: dict[str, Any]) -> dict[str, str]:
+    def spread(times: dict[str, float] | None) -> str:
+        return "-" if times is None else f"{times['median']:.3f} ({times['p10']:.3f}..{times['p90']:.3f})"
+
+    return {
+        "batch": str(row["batch_size"]),
+        "eager ms (p10..p90)": spread(row["eager_ms"]),
+        "graph ms (p10..p90)": spread(row["graph_ms"]),
+        "replay ms": f"{row['replay_ms']:.3f}",
+        "floor ms": f"{row['floor_ms']:.3f} {row['floor_bound']}",
+        "% of floor": f"{100 * row['share_of_floor']:.1f}",
+        "replay %": f"{100 * row['replay_share_of_floor']:.1f}",
+        "engine ms": f"{row['engine_ms']:.3f}",
+        "tokens/s": f"{row['tokens_per_second']:,.1f}",
+    }
+
+
+def _cost_row(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "batch": str(row["batch_size"]),
+        "weights MB": f"{row['weight_bytes'] / 1e6:,.1f}",
+        "KV MB": f"{row['kv_bytes'] / 1e6:,.2f}",
+        "MFLOP": f"{row['flops'] / 1e6:,.1f}",
+        "GB/s": f"{row['gb_per_second']:,.1f}",
+        "GFLOP/s": f"{row['gflop_per_second']:,.1f}",
+    }
+
+
+def _host_row(row: dict[str, Any]) -> dict[str, str]:
+    return {label: f"{row['host_us'][name]:,.1f}" for name, label in _HOST_ROWS.items()}
+
+
+def _graph_row(row: dict[str, Any]) -> dict[str, str]:
+    graph = row["graph"]
+    return {
+        "batch": str(row["batch_size"]),
+        "compile s": "in the cache" if graph["from_cache"] else f"{graph['compile_seconds']:.1f}",
+        "load or capture s": f"{graph['ready_seconds']:.2f}",
+        "on disk MB": f"{graph['artefact_bytes'] / 1e6:.1f}",
+    }
+
+
+def _table(rows: Sequence[dict[str, str]]) -> list[str]:
+    """Lines of a table whose columns are as wide as they must be; all rows have the same keys."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    head = "  ".join(name.rjust(width) for name, width in widths.items())
+    return [head, "-" * len(head), *("  ".join(row[name].rjust(widths[name]) for name in widths) for row in rows)]
+
+
+def graph_plot(result: dict[str, Any]) -> str:
+    """The time per step over the batch size, as SVG."""
+    rows = result["results"]
+    lines = [Line("eager", [(row["batch_size"], row["eager_ms"]["median"]) for row in rows])]
+    graphs = [(row["batch_size"], row["graph_ms"]["median"]) for row in rows if row["graph_ms"]]
+    if graphs:
+        lines.append(Line(f"graph ({result['backend']})", graphs))
+    lines.append(Line("floor", [(row["batch_size"], row["floor_ms"]) for row in rows], is_bound=True))
+    name = result["model_id"].rstrip("/").split("/")[-1]
+    title = f"{name}, {result['num_layers']} layers, {result['dtype']}, {result['context_len']} tokens stored"
+    return line_plot(title, "requests per step", "ms per step", lines)

@@ -1,0 +1,168 @@
+"""`omni-engine bench graph` and `bench host`: their figures, what they refuse, and both end to end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from omni_engine.engine.config import EngineArgs, EngineConfig
+from omni_engine.engine.decode_loop import SAMPLING, StepTimes
+from omni_engine.engine.floor import Floor, MachineRates, StepCost, decode_cost
+from omni_engine.server.bench.graph import bench_config, graph_parser, loop_steps
+from omni_engine.server.bench.graph_report import GearTimes, graph_plot, graph_result, graph_tables
+from omni_engine.server.bench.host import host_result, host_table
+from omni_engine.server.cli import main
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 96, "hidden_size": 16,
+    "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "max_position_embeddings": 512, "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config-only")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return str(folder)
+
+
+def test_a_config_alone_is_enough_and_limits_fit_the_steps(path):
+    arguments = graph_parser().parse([path, "--num-layers", "1", "--batch-sizes", "8,2,2", "--context-len", "100"])
+    arguments.model, arguments.load_format = path, "dummy"
+    config = bench_config(arguments)
+    assert config.model.num_layers == 1
+    assert config.args.cudagraph_capture_sizes == [2, 8]
+    assert config.max_model_len == 100 + loop_steps(arguments) + 2
+    blocks = -(-(100 + loop_steps(arguments) + 2) // 16)
+    assert (config.args.max_num_seqs, config.args.num_gpu_blocks_override) == (8, 8 * blocks + 1)
+
+
+def test_flags_go_before_what_the_benchmark_would_choose(path):
+    words = [path, "--max-num-seqs", "16", "--cudagraph-capture-sizes", "16", "--block-size", "32"]
+    arguments = graph_parser().parse([*words, "--batch-sizes", "4", "--context-len", "100"])
+    arguments.model, arguments.load_format = path, "dummy"
+    args = bench_config(arguments).args
+    assert (args.max_num_seqs, args.cudagraph_capture_sizes, args.block_size) == (16, [16], 32)
+
+
+def test_what_cannot_be_measured_is_refused_with_the_remedy(path, capsys):
+    assert main(["bench", "graph", path, "--num-layers", "1", "--context-len", "500"]) == 1
+    assert "tokens, more than the model's 512; lower one of them" in capsys.readouterr().err
+    assert main(["bench", "graph", path, "--num-layers", "1", "--context-len", "9", "--max-num-seqs", "4"]) == 1
+    assert "--batch-sizes must not be above --max-num-seqs=4: 128" in capsys.readouterr().err
+    for words, answer in (
+        (["--plot", "steps.png"], "end the name in .svg: steps.png"),
+        (["--num-layers", "1", "--load-format", "auto"], "--num-layers needs --load-format dummy"),
+        (["--batch-sizes", "1,0"], "must be at least 1: 0"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["bench", "graph", path, *words])
+        assert answer in capsys.readouterr().err
+
+
+def test_figures_of_a_batch_size():
+    def steps(*totals):
+        return [StepTimes(0.001, 0.002, total - 0.006, 0.001, 0.001, 0.001) for total in totals]
+
+    report = SimpleNamespace(from_cache=True, compile_seconds=30.0, seconds=1.5, num_bytes=7_000_000)
+    times = GearTimes(steps(0.2, 0.3, 0.4), steps(0.11, 0.1, 0.09), 0.08)
+    cost = StepCost(1e9, 5e8, 0, 2e9)
+    result = graph_result(4, report, times, cost, Floor(0.05, "memory", 0.05, 0.01, 0))
+    assert result["graph"] == {
+        "from_cache": True, "compile_seconds": 30.0, "ready_seconds": 1.5, "artefact_bytes": 7_000_000
+    }  # fmt: skip
+    assert result["eager_ms"] == pytest.approx({"median": 300, "p10": 220, "p90": 380})
+    assert result["graph_ms"] == pytest.approx({"median": 100, "p10": 92, "p90": 108})
+    assert result["replay_ms"] == pytest.approx(95)
+    assert result["host_us"]["step_input"] == pytest.approx(2000)
+    assert (result["gb_per_second"], result["gflop_per_second"]) == pytest.approx((15, 20))
+    assert result["share_of_floor"] == pytest.approx(0.5)
+    assert result["engine_share_of_floor"] == pytest.approx(0.625)
+    assert result["tokens_per_second"] == pytest.approx(50)
+    machine = {"device": "a CPU", "num_threads": 2, "bytes_per_second": 3e10, "flops_per_second": 4e11, "dtype": "b"}
+    whole = {
+        "model_id": "x/y", "num_layers": 2, "dtype": "b", "backend": "inductor", "sampler": "greedy",
+        "context_len": 64, "num_steps": 3, "machine": machine, "results": [result],
+    }  # fmt: skip
+    text = graph_tables(whole)
+    assert "a CPU, 2 threads: reads 30.0 GB/s, multiplies 400 GFLOP/s" in text
+    assert "100.000 (92.000..108.000)" in text and "50.000 memory" in text and "in the cache" in text
+    assert ">graph (inductor)</text>" in graph_plot(whole) and ">floor</text>" in graph_plot(whole)
+
+
+def test_figures_without_a_graph_are_those_of_eager_steps():
+    steps = [StepTimes(0.0, 0.0, 0.1, 0.0, 0.0, 0.0)]
+    result = graph_result(1, None, GearTimes(steps, [], 0.1), StepCost(1e9, 0, 0, 0), Floor(0.05, "memory", 0.05, 0, 0))
+    assert result["graph"] is None and result["graph_ms"] is None
+    assert result["share_of_floor"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLING)
+def test_bench_graph_end_to_end(path, tmp_path, capsys, monkeypatch, sampler):
+    rates = MachineRates(1e9, 2e9, "float32", "a CPU", 1)
+    monkeypatch.setattr("omni_engine.engine.machine_rates.measure_machine_rates", lambda device, dtype: rates)
+    file, plot = tmp_path / "result.json", tmp_path / "steps.svg"
+    words = ["--batch-sizes", "1,3", "--context-len", "24", "--num-steps", "4", "--num-steps-warmup", "1"]
+    words += ["--num-layers", "2", "--graph-backend", "eager", "--sampler", sampler, "--skip-tokenizer-init"]
+    assert (
+        main(["bench", "graph", path, *words, "--output-json", str(file), "--plot", str(plot), "--disable-tqdm"]) == 0
+    )
+    result = json.loads(file.read_text())
+    assert (result["num_layers"], result["backend"], result["sampler"]) == (2, "eager", sampler)
+    assert result["machine"]["bytes_per_second"] == 1e9
+    assert [row["batch_size"] for row in result["results"]] == [1, 3]
+    config = EngineConfig.from_args(EngineArgs(path, load_format="dummy", hf_overrides={"num_hidden_layers": 2}))
+    for row in result["results"]:
+        assert 0 < row["graph_ms"]["p10"] <= row["graph_ms"]["median"] <= row["graph_ms"]["p90"]
+        # the timed steps begin with 24 + 2 * 1 stored tokens and end with 24 + 2 * 5 - 1: 29.5 on average
+        assert row["kv_bytes"] == row["batch_size"] * 30.5 * 2 * 2 * 8 * 4
+        cost = decode_cost(config.model, row["batch_size"], 26)
+        assert row["weight_bytes"] == cost.weight_bytes
+        bytes_ = row["weight_bytes"] + row["kv_bytes"] + row["other_bytes"]
+        assert row["floor_ms"] == pytest.approx(1e3 * max(bytes_ / 1e9, row["flops"] / 2e9))
+    out = capsys.readouterr().out
+    assert "tokens/s" in out and "StepInput" in out
+    assert plot.read_text().startswith("<svg")
+
+
+def test_bench_host_end_to_end(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    words = ["--batch-sizes", "1,5", "--num-steps", "20", "--num-steps-warmup", "2", "--disable-tqdm"]
+    assert main(["bench", "host", *words, "--output-json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert [row["batch_size"] for row in result["results"]] == [1, 5]
+    assert [row["target_us"] for row in result["results"]] == [153, 165]
+    for row in result["results"]:
+        assert list(row["rows_us"]) == ["schedule", "step_input", "launch", "step_output", "update"]
+        assert 0 < row["p10_us"] <= row["total_us"] <= row["p90_us"]
+    assert "target (150 + 3 per request)" in capsys.readouterr().out
+
+
+def test_host_figures_count_the_step_that_needs_blocks():
+    def step(seconds):
+        return StepTimes(seconds, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+    # every sixteenth step takes 17 us, the others 1; one in the third period was interrupted
+    times = [step(17e-6 if index % 16 == 7 else 1e-6) for index in range(5 * 16)]
+    times[33] = step(1.0)
+    result = host_result(32, times, [step.total for step in times])
+    assert result["rows_us"]["schedule"] == pytest.approx(2.0)
+    assert result["total_us"] == result["cpu_us"] == pytest.approx(2.0)
+    assert result["target_us"] == 246
+    assert "2.0" in host_table([result]) and "246.0" in host_table([result])
+
+
+def test_host_figures_of_fewer_steps_than_a_block_has():
+    assert host_result(1, [StepTimes(2e-6, 0, 0, 0, 0, 0)] * 3, [1e-6] * 3)["total_us"] == pytest.approx(2.0)
+
+
+def test_importing_these_benchmarks_brings_no_torch():
+    modules = "graph, graph_report, host, plot"
+    code = f"import sys; from omni_engine.server.bench import {modules}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
