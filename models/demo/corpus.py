@@ -22,6 +22,7 @@ CHAT_TEMPLATE = (
 )
 CHAT_SHARE = 0.3  # of the ten places for a chat behind each chapter
 HELD_OUT_EVERY = 25  # chapters
+EXCERPT_CHARACTERS = 3000  # a chapter of the excerpt is shorter
 
 
 @dataclass(frozen=True)
@@ -150,3 +151,8 @@ def documents(corpus: Corpus, seed: int) -> Iterator[str]:
             for _ in range(10):
                 if draw.random() < CHAT_SHARE:
                     yield chats.draw(draw)
+
+
+def excerpt(corpus: Corpus) -> list[str]:
+    """Two held-out chapters, for the tests."""
+    return [text for text in map("\n".join, corpus.held_out) if len(text) < EXCERPT_CHARACTERS][:2]

@@ -33,19 +33,15 @@ OFF = ("0", "off", "false", "no")
 COMPILE_SECONDS = 600
 
 COMMON_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall")
-# Instruction sets in order of preference: name, the CPU's features it needs, the compiler's flags.
-X86_FORMS = {
-    "avx512_bf16": (
-        ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx2", "fma", "f16c"),
-        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma", "-mf16c"),
-    ),
-    "avx512": (
-        ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma", "f16c"),
-        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
-    ),
-    "avx2": (("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
-}
 PORTABLE = "portable"  # 16-byte vectors: NEON on arm64, SSE2 on x86-64; any other machine as its compiler can
+# Instruction sets in order of preference, with the features of an x86-64 CPU that each needs.
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", *_AVX2)
+FEATURES = {"avx512_bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2}
+FORM_FLAGS = {
+    PORTABLE: (),
+    **{form: tuple(f"-m{feature.replace('_', '')}" for feature in needed) for form, needed in FEATURES.items()},
+}
 
 
 class KernelsUnavailable(Exception):
@@ -127,7 +123,7 @@ def chosen_form() -> str:
 def possible_forms() -> list[str]:
     """The instruction sets that this CPU can run, best first."""
     features = cpu_features()
-    return [*(name for name, (needed, _) in X86_FORMS.items() if features.issuperset(needed)), PORTABLE]
+    return [*(form for form, needed in FEATURES.items() if features.issuperset(needed)), PORTABLE]
 
 
 def cpu_features() -> frozenset[str]:
@@ -159,21 +155,23 @@ def find_compiler() -> list[str]:
     )
 
 
-def flags_of(form: str) -> tuple[str, ...]:
-    return (*COMMON_FLAGS, *(() if form == PORTABLE else X86_FORMS[form][1]))
+def units(form: str) -> dict[str, tuple[str, list[str]]]:
+    """What is compiled on its own, the slowest first: name -> (source text, flags).
 
-
-def compile_flags(source: Path, form: str) -> list[str]:
-    """The compiler's flags for one file. Those that see torch do no arithmetic; reading its headers takes longest."""
-    if source.stem not in USING_TORCH:
-        return [*flags_of(form), "-O3"]
+    The files that see torch are one unit, because reading its headers takes longer than all kernels together; they do
+    no arithmetic, so they are the same for every form.
+    """
     include = Path(torch.__file__).parent / "include"
     headers = [f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"]
-    return [*flags_of(form), "-O1", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", *headers]
-
-
-def source_files() -> list[Path]:
-    return sorted(SOURCES.glob("*.cpp"))
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    sources = sorted(SOURCES.glob("*.cpp"))
+    of_torch = "".join(f'#include "{source.name}"\n' for source in sources if source.stem in USING_TORCH)
+    of_form = [*COMMON_FLAGS, *FORM_FLAGS[form], "-O3"]
+    result = {"torch": (of_torch, [*COMMON_FLAGS, abi, *headers, "-O1"])} if of_torch else {}
+    for source in sources:
+        if source.stem not in USING_TORCH:
+            result[source.stem] = (f'#include "{source.name}"\n', of_form)
+    return result
 
 
 def build_key(compiler: list[str], form: str) -> str:
@@ -185,7 +183,7 @@ def build_key(compiler: list[str], form: str) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         raise KernelsUnavailable(f"the C++ compiler does not run; name another in $CXX: {error}") from error
     facts = [compiler, version, form, platform.machine(), sorted(cpu_features()), torch.__version__, torch.__file__]
-    facts += [compile_flags(source, form) for source in source_files()]
+    facts += [units(form)]
     facts += [[file.name, hash_of(file)] for file in sorted(SOURCES.iterdir()) if file.suffix in (".cpp", ".h")]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
@@ -235,14 +233,14 @@ def build(compiler: list[str], form: str, folder: Path) -> None:
     start = time.monotonic()
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as name:
         work = Path(name)
-        sources = sorted(source_files(), key=lambda file: file.stem not in USING_TORCH)  # the slowest first
-        commands = [
-            [*compiler, *compile_flags(file, form), "-c", str(file), "-o", str(work / f"{file.stem}.o")]
-            for file in sources
-        ]
+        commands, objects = [], []
+        for unit, (text, flags) in units(form).items():
+            source = work / f"{unit}.cpp"
+            source.write_text(text, encoding="utf-8")
+            objects.append(f"{work / unit}.o")
+            commands.append([*compiler, *flags, f"-I{SOURCES}", "-c", str(source), "-o", objects[-1]])
         with ThreadPoolExecutor(max(len(os.sched_getaffinity(0)), 1)) as pool:
             list(pool.map(run_compiler, commands))
-        objects = [str(work / f"{file.stem}.o") for file in sources]
         libraries = Path(torch.__file__).parent / "lib"
         run_compiler(
             [*compiler, "-shared", *objects, f"-L{libraries}", "-ltorch_cpu", "-lc10", "-o", str(work / LIBRARY)]

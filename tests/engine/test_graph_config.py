@@ -69,9 +69,9 @@ def test_gears_above_the_batch_are_refused():
 
 
 def test_backends_of_another_device_are_refused():
-    with pytest.raises(ValueError, match="NVIDIA GPU.*: cpu"):
+    with pytest.raises(ValueError, match=r"NVIDIA GPU.*: cpu"):
         resolve(graph_backend="cudagraph")
-    with pytest.raises(ValueError, match="for the CPU.*: cuda"):
+    with pytest.raises(ValueError, match=r"for the CPU.*: cuda"):
         resolve("cuda", graph_backend="inductor")
 
 
@@ -80,5 +80,5 @@ def test_the_environment_names_the_backend_that_auto_stands_for(monkeypatch):
     assert resolve().backend == "inductor"
     assert resolve(graph_backend="eager").backend == "eager"
     monkeypatch.setenv("OMNI_ENGINE_GRAPH_BACKEND", "tvm")
-    with pytest.raises(ValueError, match="OMNI_ENGINE_GRAPH_BACKEND must be one of.*: tvm"):
+    with pytest.raises(ValueError, match=r"OMNI_ENGINE_GRAPH_BACKEND must be one of.*: tvm"):
         resolve()

@@ -263,7 +263,7 @@ def test_sharegpt_cannot_be_token_ids(server, bench, tmp_path):
 def test_the_benchmarks_are_listed(capsys):
     assert main(["bench", "--help"]) == 0
     overview = capsys.readouterr().out
-    assert all(name in overview for name in ("serve", "throughput", "latency", "startup"))
+    assert all(name in overview for name in ("serve", "throughput", "latency", "startup", "graph", "host"))
     assert main(["bench"]) == 2
     assert main(["bench", "sweep"]) == 2
-    assert "choose from serve, throughput, latency, startup: sweep" in capsys.readouterr().err
+    assert "choose from serve, throughput, latency, startup, graph, host: sweep" in capsys.readouterr().err
