@@ -10,6 +10,9 @@ if __name__ == "__main__":
             f"omni_engine.{package}" for folder in FOLDERS for package in find_packages(include=[folder, f"{folder}.*"])
         ],
         package_dir={"omni_engine": "."},
-        package_data={"omni_engine.models": ["demo/README.md", "demo/deepseek/*", "demo/deepseek-v32/*"]},
+        package_data={
+            "omni_engine.models": ["demo/README.md", "demo/deepseek/*", "demo/deepseek-v32/*"],
+            "omni_engine.ops.cpu": ["csrc/*"],
+        },
         py_modules=["omni_engine.__init__"],
     )

@@ -136,6 +136,11 @@ class Engine:
         """Forget all cached prefixes; False if running requests still hold some."""
         return self._core.reset_prefix_cache()
 
+    def close(self) -> None:
+        """Finish the steps in flight and end what works in the background, such as the compiling of graphs."""
+        self._core.close()
+        self._dead = EngineDeadError("the engine was closed")
+
     def check_integrity(self) -> None:
         """Raise if a KV block is lost, doubly used or held by no request."""
         self._core.scheduler.check_integrity()

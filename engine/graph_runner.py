@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -70,7 +71,7 @@ class CaptureReport:
     key: GraphKey
     seconds: float  # until it could be replayed
     from_cache: bool = False
-    compile_seconds: float = 0.0
+    compile_seconds: float = 0.0  # whenever it was compiled
     num_bytes: int = 0  # of the artefact on disk
 
 
@@ -91,6 +92,7 @@ class GraphRunner:
         self.reports: dict[GraphKey, CaptureReport] = {}
         self.num_replayed: Counter[GraphKey] = Counter()
         self.num_eager = 0
+        self.kernels: threading.Thread | None = None  # that builds the ops' faster bodies, if they are not there yet
         self._ready: dict[GraphKey, Graph] = {}
         self._padded = np.full(0, self.null_row, np.int64)
         self._rows = torch.from_numpy(self._padded)
@@ -135,7 +137,11 @@ class GraphRunner:
         return key in self._ready
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the backend has made what it can make; False after `timeout` seconds."""
+        """Wait until kernels and graphs that can be made are there; False after `timeout` seconds for either."""
+        if self.kernels is not None:
+            self.kernels.join(timeout)
+            if self.kernels.is_alive():
+                return False
         return self.backend is None or self.backend.wait(timeout)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from ..models.kv_spec import kv_cache_spec
 from ..models.parallel import ParallelLayout
 from ..models.registry import resolve
 from ..ops.cpu.build import KernelsUnavailable, chosen_form, cpu_features, is_built
-from ..ops.table import cpu_table
+from ..ops.table import cpu_table, cuda_table
 from .config import EngineConfig
 from .graph_cache import GraphCache, GraphCacheError
 from .graph_config import choose_graphs, resolve_graphs
@@ -36,6 +36,8 @@ def start_graphs(config: EngineConfig, runner: ModelRunner, shape: GraphShape) -
     device = runner.device
     if device.type == "cpu":
         _bind_kernels(runner)
+    elif device.type == "cuda":
+        runner.model.ops.table = cuda_table()
     chosen = resolve_graphs(choose_graphs(config.args), device.type, shape.max_num_seqs)
     if not chosen.gears:
         return
@@ -62,12 +64,14 @@ def _bind_kernels(runner: ModelRunner) -> None:
         try:
             runner.model.ops.table = cpu_table()
         except KernelsUnavailable as error:
-            logger.warning("plain torch operators are used: %s", error)
+            logger.warning("the plain torch operators are used: %s", error)
 
     if is_built():
         bind()
     else:
-        threading.Thread(target=bind, name="kernels", daemon=True).start()
+        thread = threading.Thread(target=bind, name="kernels", daemon=True)
+        runner.graphs.kernels = thread
+        thread.start()
 
 
 def _supply_plan(config: EngineConfig, shape: GraphShape, cache: GraphCache) -> SupplyPlan:

@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from ..ops.compile import CompiledPackage
-from ..ops.cpu.build import KernelsUnavailable
+from ..ops.cpu.build import KernelsUnavailable, find_compiler
 from .graph_cache import GraphCache, GraphCacheError
 from .graph_key import CacheKey
 from .graph_runner import CaptureReport, GraphKey, GraphRunner
@@ -27,7 +27,7 @@ from .graph_worker import WorkerAnswer, WorkerJob, WorkerRequest
 logger = logging.getLogger(__name__)
 
 
-class GraphError(RuntimeError):
+class GraphError(ValueError):
     """A graph that is required cannot be made; the text says why."""
 
 
@@ -112,16 +112,17 @@ class InductorGraphs:
             self._finished.set()
 
     def _supply(self, runner: GraphRunner) -> None:
-        missing = [key for key in runner.keys if not self._load(runner, key, compile_seconds=0.0)]
+        missing = [key for key in runner.keys if not self._load(runner, key, from_cache=True)]
         if not missing or self._stopping.is_set():
             return
+        find_compiler()  # both kernels and graphs need one
         self.cache.check_folder()
         logger.info("compiling %d of %d graphs in the background; until then steps run eager", len(missing),
                     len(runner.keys))  # fmt: skip
         with tempfile.TemporaryDirectory(prefix="omni-engine-compile-") as scratch:
             self._feed_worker(runner, missing, scratch)
 
-    def _load(self, runner: GraphRunner, key: GraphKey, *, compile_seconds: float) -> bool:
+    def _load(self, runner: GraphRunner, key: GraphKey, *, from_cache: bool) -> bool:
         """Install the graph of `key` if the cache has it."""
         start = time.monotonic()
         entry = self.cache.find(self.plan.cache_key(key))
@@ -131,13 +132,12 @@ class InductorGraphs:
             with torch.inference_mode():
                 graph = CompiledPackage(entry.path, runner.program(key), runner.inputs(key).flat())
         except RuntimeError as error:
-            if entry.path.exists():
-                raise
-            logger.debug("graph %s was removed while it was loaded: %s", key, error)
+            if entry.path.exists():  # else somebody pruned it just now
+                self.errors[key] = f"it cannot be loaded: {str(error).splitlines()[0]}"
+                logger.warning("graph %s cannot be loaded: %s", key, error)
             return False
-        report = CaptureReport(
-            key, time.monotonic() - start, compile_seconds == 0, compile_seconds, num_bytes=entry.num_bytes
-        )
+        compile_seconds = entry.details.get("compile_seconds", 0.0)
+        report = CaptureReport(key, time.monotonic() - start, from_cache, compile_seconds, entry.num_bytes)
         runner.install(graph, report)
         return True
 
@@ -180,8 +180,8 @@ class InductorGraphs:
 
     def _take(self, runner: GraphRunner, key: GraphKey, answer: WorkerAnswer, num_left: int) -> None:
         error = answer.error
-        if error is None and not self._load(runner, key, compile_seconds=max(answer.seconds, 1e-3)):
-            error = "it was removed from the cache before it could be loaded"
+        if error is None and not self._load(runner, key, from_cache=False):
+            error = self.errors.get(key, "it was removed from the cache before it could be loaded")
         if error is None:
             self.num_compiled += 1
             logger.info("graph %s compiled in %.1f s, %d to go", key, answer.seconds, num_left)

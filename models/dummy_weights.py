@@ -3,41 +3,85 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from .weights import LoadableModel, WeightSlot
 
-CHUNK_ELEMENTS = 2**22
+CHUNK_ELEMENTS = 2**20
+# A prime, so that rows of no length begin at the same place of the block again before that many rows.
+PERIOD = 2_097_152
+FACTORS = 1 << 16
 
 
 @torch.no_grad()
 def initialise_dummy_weights(model: LoadableModel, seed: int = 0) -> None:
-    """Fills every slot from its tensor's name and `seed` alone: the same on every rank, in any order and sharding.
+    """Fills every slot from its tensor's name and `seed` alone: the same on every rank, in any order and sharding, and
+    on every device but for rounding.
 
     Weights of two and more dimensions are normal with 1/sqrt(fan in), so that activations keep their size; norm weights
-    are near 1, biases near 0. float32 on the host, rounded to the target's dtype.
+    are near 1, biases near 0.
+
+    To draw the 11e9 numbers of a large layer takes minutes. So one block of PERIOD float32 numbers is drawn on the
+    host, rounded once to each dtype on each device, and tensors are filled from it, chunk by chunk, at the speed of the
+    memory: element i of a stored tensor is number (i + offset) % PERIOD of the block, times a factor, where offset and
+    factor hang on the name. Each row is thus the block from another place on, and two tensors are not equal even where
+    their offsets are. They are random enough to run and to compare runs, not for statistics across rows.
     """
+    blocks = _Blocks(seed)
     for slot in model.weight_slots():
-        _fill(slot, seed)
+        scale, mean = _distribution(slot.name, slot.stored_shape)
+        digest = _digest(seed, slot.name)
+        # at most 1 % from the scale: a factor, not an order of magnitude
+        scale *= 0.99 + 0.02 * (digest // PERIOD % FACTORS) / FACTORS
+        source = blocks.of(slot.target.dtype, slot.target.device)
+        _fill(slot.target, slot.stored_shape, slot.ranges, digest % PERIOD, source, scale, mean)
 
 
-def _fill(slot: WeightSlot, seed: int) -> None:
-    shape = slot.stored_shape
-    ranges = slot.ranges
-    scale, shift = _distribution(slot.name, shape)
+@dataclass
+class _Blocks:
+    """The random numbers, PERIOD of them and then the first CHUNK_ELEMENTS again, so that each chunk is one slice."""
+
+    seed: int
+    blocks: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+
+    def of(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        block = self.blocks.get((dtype, device))
+        if block is None:
+            generator = torch.Generator().manual_seed(_digest(self.seed, ""))
+            values = torch.randn(PERIOD, generator=generator)
+            block = torch.cat((values, values[:CHUNK_ELEMENTS])).to(device, dtype)
+            self.blocks[dtype, device] = block
+        return block
+
+
+def _fill(
+    target: Tensor,
+    shape: tuple[int, ...],
+    ranges: tuple[slice, ...],
+    position: int,
+    source: Tensor,
+    scale: float,
+    mean: float,
+) -> None:
+    """Fill `target`, the `ranges` of a stored tensor of `shape` whose first element is number `position`."""
     row_elements = torch.Size(shape[1:]).numel()
-    # chunks of whole stored rows, each with a seed of its own: a shard makes only the chunks it needs
+    wanted = range(ranges[0].start, ranges[0].stop)
+    if row_elements > CHUNK_ELEMENTS:
+        for index, row in enumerate(wanted):
+            _fill(target[index], shape[1:], ranges[1:], position + row * row_elements, source, scale, mean)
+        return
     step = max(1, CHUNK_ELEMENTS // max(1, row_elements))
-    for first in range(0, shape[0], step):
-        start, stop = max(first, ranges[0].start), min(first + step, ranges[0].stop)
-        if start >= stop:
-            continue
-        generator = torch.Generator().manual_seed(_seed(seed, slot.name, first))
-        rows = min(step, shape[0] - first)
-        values = torch.randn((rows, *shape[1:]), generator=generator).mul_(scale).add_(shift)
-        values = values[(slice(start - first, stop - first), *ranges[1:])]
-        slot.target[start - ranges[0].start : stop - ranges[0].start].copy_(values)
+    for index in range(0, len(wanted), step):
+        rows = wanted[index : index + step]
+        first = (position + rows.start * row_elements) % PERIOD
+        values = source[first : first + len(rows) * row_elements].view(len(rows), *shape[1:])
+        part = target[index : index + step]
+        torch.mul(values[(slice(None), *ranges[1:])], scale, out=part)
+        if mean:
+            part.add_(mean)
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
@@ -47,5 +91,5 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return (0.02, 0.0) if name.endswith("bias") else (0.02, 1.0)
 
 
-def _seed(seed: int, name: str, chunk: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{chunk}".encode()).digest()[:8], "little")
+def _digest(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")

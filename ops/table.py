@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -38,6 +38,13 @@ class BoundOps:
 
     def __init__(self, table: OpTable = PLAIN) -> None:
         self.table = table
+
+
+def cuda_table() -> OpTable:
+    """The plain bodies, but for those that cannot stand in a CUDA graph."""
+    from .cuda.experts import routed_experts
+
+    return replace(PLAIN, routed_experts=routed_experts)
 
 
 def cpu_table() -> OpTable:

@@ -63,7 +63,7 @@ def attend(
     return output[..., :width].transpose(1, 2), None
 
 
-class Prediction:
+class Prediction(nn.Module):
     """Multi-token prediction: makes of a decoder layer one over the embedding of the next token joined to a state.
 
     `hidden` [batch, tokens, hidden] are the body's states behind its last norm, or this layer's own output, for a draft

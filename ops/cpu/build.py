@@ -110,7 +110,7 @@ def describe() -> str:
 def chosen_form() -> str:
     """The instruction set to build for: what OMNI_ENGINE_CPU_KERNELS says, else the best that this CPU has."""
     wanted = os.environ.get(VARIABLE, "").strip().lower()
-    if wanted in OFF and wanted:
+    if wanted in OFF:
         raise KernelsUnavailable(f"the C++ kernels are switched off; unset {VARIABLE} to use them: {wanted}")
     possible = possible_forms()
     if not wanted or wanted in ("1", "on", "auto"):
@@ -231,11 +231,13 @@ def build(compiler: list[str], form: str, folder: Path) -> None:
     """Compiles all sources into `folder`, where they appear at once or not at all. The caller holds the lock."""
     logger.info("Building the CPU kernels (%s) with %s; this takes about half a minute, once.", form, compiler[0])
     start = time.monotonic()
+    for left in folder.glob("build-*"):  # by a builder that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as name:
         work = Path(name)
         commands, objects = [], []
         for unit, (text, flags) in units(form).items():
-            source = work / f"{unit}.cpp"
+            source = work / f"unit_{unit}.cpp"
             source.write_text(text, encoding="utf-8")
             objects.append(f"{work / unit}.o")
             commands.append([*compiler, *flags, f"-I{SOURCES}", "-c", str(source), "-o", objects[-1]])

@@ -320,6 +320,23 @@ def test_dummy_weights_need_no_files_and_follow_the_seed(path, tmp_path):
     assert tokens(1) == tokens(1) != tokens(2)
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "DeepseekV3ForCausalLM"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dummy_weights_give_finite_logits_that_differ(make_checkpoint, architecture, dtype):
+    engine = Engine(
+        str(make_checkpoint(architecture)), load_format="dummy", dtype=dtype, max_logprobs=-1,
+        logprobs_mode="raw_logits", max_model_len=64,
+    )  # fmt: skip
+    logits = []
+    for prompt in ([5, 6, 7], [9, 8]):
+        output = engine.generate({"prompt_token_ids": prompt}, greedy(max_tokens=2, logprobs=-1))[0].outputs[0]
+        logits += [[step[token].logprob for token in sorted(step)] for step in output.logprobs]
+    values = np.array(logits)
+    assert np.isfinite(values).all()
+    assert 0.3 < values.std(axis=1).min() and values.std(axis=1).max() < 3
+    assert np.abs(np.corrcoef(values)[np.triu_indices(4, 1)]).max() < 0.9  # other tokens, other logits
+
+
 def test_max_model_len_auto_takes_what_fits(path):
     engine = Engine(str(path), dtype="float32", max_model_len="auto", num_gpu_blocks_override=5)
     assert engine.max_model_len == 64

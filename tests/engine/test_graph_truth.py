@@ -239,7 +239,7 @@ def test_compiled_steps_equal_plain_ones_with_overlap_and_without(compiled, make
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if "oe" not in name and "Deep" not in name])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_captured_steps_equal_plain_ones(make_checkpoint, architecture, sampler):
     engine = make_engine(make_checkpoint(architecture), "cudagraph", device="cuda")
     run_gate(engine, sampler)

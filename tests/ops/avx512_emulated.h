@@ -1,0 +1,88 @@
+// The AVX-512 instructions that the kernels name, written out for a CPU with AVX2, so that their form runs anywhere.
+// Included before everything else; the vectors themselves are split by the compiler.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#define __AVX512F__ 1
+#define __AVX512BF16__ 1
+
+namespace emulated {
+
+typedef float Floats16 __attribute__((vector_size(64)));
+typedef uint32_t Words16 __attribute__((vector_size(64)));
+typedef uint16_t Halves32 __attribute__((vector_size(64)));
+typedef double Doubles8 __attribute__((vector_size(64)));
+
+template <class To, class From>
+inline To as(const From& from) {
+  To to;
+  static_assert(sizeof(to) == sizeof(from));
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline Words16 load(const void* from) {
+  Words16 vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+// Even elements of the pairs after odd ones, as the instruction is specified.
+template <class Sums, class A, class B>
+inline Floats16 dot(Sums sums, A a, B b) {
+  Floats16 result = as<Floats16>(sums);
+  const Words16 left = as<Words16>(a), right = as<Words16>(b);
+  result += as<Floats16>(left & 0xffff0000u) * as<Floats16>(right & 0xffff0000u);
+  return result + as<Floats16>(left << 16) * as<Floats16>(right << 16);
+}
+
+template <class A, class Order, class B>
+inline Words16 permute(A a, Order order, B b) {
+  Halves32 both[2] = {as<Halves32>(a), as<Halves32>(b)}, result;
+  const Halves32 index = as<Halves32>(order);
+  for (int i = 0; i < 32; ++i) result[i] = both[index[i] / 32 % 2][index[i] % 32];
+  return as<Words16>(result);
+}
+
+template <class Vector>
+inline __m256d upper(Vector vector) {
+  __m256d halves[2];
+  std::memcpy(halves, &vector, sizeof(halves));
+  return halves[1];
+}
+
+template <class Vector>
+inline __m256 lower(Vector vector) {
+  __m256 halves[2];
+  std::memcpy(halves, &vector, sizeof(halves));
+  return halves[0];
+}
+
+inline Floats16 widen(__m256i halves) {
+  __m128i parts[2];
+  std::memcpy(parts, &halves, sizeof(parts));
+  const __m256 wide[2] = {_mm256_cvtph_ps(parts[0]), _mm256_cvtph_ps(parts[1])};
+  Floats16 result;
+  std::memcpy(&result, wide, sizeof(result));
+  return result;
+}
+
+}  // namespace emulated
+
+#define __m512 emulated::Floats16
+#define __m512d emulated::Doubles8
+#define __m512i emulated::Words16
+#define __m512bh emulated::Words16
+#define _mm512_loadu_si512(from) emulated::load(from)
+#define _mm512_storeu_si512(to, vector) std::memcpy(to, &static_cast<const emulated::Words16&>(vector), 64)
+#define _mm512_set1_epi32(word) (emulated::Words16{} + uint32_t(word))
+#define _mm512_dpbf16_ps(sums, a, b) emulated::dot(sums, a, b)
+#define _mm512_permutex2var_epi16(a, order, b) emulated::permute(a, order, b)
+#define _mm512_castps_pd(vector) emulated::as<emulated::Doubles8>(vector)
+#define _mm512_castps512_ps256(vector) emulated::lower(vector)
+#define _mm512_extractf64x4_pd(vector, part) emulated::upper(vector)
+#define _mm512_cvtph_ps(halves) emulated::widen(halves)
