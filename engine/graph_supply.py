@@ -180,6 +180,8 @@ class InductorGraphs:
 
     def _take(self, runner: GraphRunner, key: GraphKey, answer: WorkerAnswer, num_left: int) -> None:
         error = answer.error
+        if error is not None and answer.is_last:
+            raise GraphCacheError(error)
         if error is None and not self._load(runner, key, from_cache=False):
             error = self.errors.get(key, "it was removed from the cache before it could be loaded")
         if error is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,23 @@ def test_a_cache_that_is_no_folder_is_not_used(checkpoint, expected, cache, capl
         assert engine._core.runner.graphs.wait(30)
     assert tokens(engine) == expected
     assert "no compiled graphs" in caplog.text
+
+
+@pytest.mark.full
+def test_a_full_disk_ends_the_compiling_and_costs_no_request(checkpoint, expected, cache, monkeypatch, caplog):
+    """The limit on file sizes stands for the disk; the compiling process inherits it and the compiler's files are
+    smaller than the package."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with caplog.at_level(logging.WARNING):
+        engine = make_engine(checkpoint, cudagraph_capture_sizes=[1])
+        backend = engine._core.runner.graphs.backend
+        wait_for(lambda: backend._worker is not None)
+        resource.prlimit(backend._worker.pid, resource.RLIMIT_FSIZE, (4096, limit[1]))
+        assert engine._core.runner.graphs.wait(200)
+    assert tokens(engine) == expected
+    assert not engine._core.runner.graphs.reports
+    assert "steps run eager" in caplog.text
+    assert not list((cache / "graphs").glob("*/graph.pt2"))
 
 
 def wait_for(condition, seconds=60):

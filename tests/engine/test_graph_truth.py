@@ -316,8 +316,8 @@ def test_2000_steps_with_joins_and_leaves_trace_and_compile_nothing(compiled, sa
     backend = graphs.backend
     before = graphs.num_replayed.total(), graphs.num_eager, backend.num_compiled
     sampling = {"greedy": {"temperature": 0}, "gumbel": {"temperature": 1.0}, "split": {"top_k": 5, "temperature": 1.0}}
-    params = [SamplingParams(seed=i, max_tokens=3 + i % 90, ignore_eos=True, **sampling[sampler]) for i in range(140)]
-    engine.generate([{"prompt_token_ids": [5 + i, 6, 7]} for i in range(140)], params)
+    params = [SamplingParams(seed=i, max_tokens=3 + i % 90, ignore_eos=True, **sampling[sampler]) for i in range(150)]
+    engine.generate([{"prompt_token_ids": [5 + i, 6, 7]} for i in range(150)], params)
     assert graphs.num_replayed.total() - before[0] >= 2000
     assert graphs.num_eager == before[1]
     assert backend.num_compiled == before[2]

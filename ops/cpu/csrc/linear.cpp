@@ -140,7 +140,7 @@ void linear(const Linear& problem) {
 
 int64_t most_rows(Element element) {
   if (element == Element::kBFloat16 && kHasBFloat16Dot) return 64;
-  return element == Element::kFloat32 ? 32 : std::numeric_limits<int64_t>::max();
+  return element == Element::kFloat32 ? 64 : std::numeric_limits<int64_t>::max();
 }
 
 void head_linear(const HeadLinear& problem) {
