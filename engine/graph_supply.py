@@ -148,6 +148,7 @@ class InductorGraphs:
             "TORCHINDUCTOR_CACHE_DIR": scratch,
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "TMPDIR": scratch,
+            "PYTHONWARNINGS": "ignore::FutureWarning",  # of torch about itself
         }
         self._worker = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.graph_worker"],
