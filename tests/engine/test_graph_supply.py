@@ -8,13 +8,14 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
 import pytest
 
 from omni_engine import Engine, SamplingParams
-from omni_engine.engine.graph_supply import GraphError
+from omni_engine.engine.graph_supply import SCRATCH_PREFIX, GraphError, _sweep_scratch
 from omni_engine.ops.cache_folder import cache_root
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -149,6 +150,19 @@ def test_closing_an_engine_ends_its_compiling_process(checkpoint, cache):
     engine.close()
     assert backend._worker.poll() is not None
     assert not list((cache / "graphs").glob(".tmp-*/graph.pt2"))
+
+
+def test_what_killed_engines_left_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (f"{SCRATCH_PREFIX}{dead.pid}-x", f"{SCRATCH_PREFIX}{os.getpid()}-y", "omni-engine-other"):
+        (tmp_path / name).mkdir()
+    _sweep_scratch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{SCRATCH_PREFIX}{os.getpid()}-y",
+        "omni-engine-other",
+    ]
 
 
 def test_the_graph_that_steps_ask_for_is_made_first(checkpoint, cache):

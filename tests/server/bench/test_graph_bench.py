@@ -80,7 +80,7 @@ def test_cold_graphs_have_a_folder_of_their_own_and_the_other_settings_stay(path
 
 
 class SlowGraphs:
-    """A runner's graphs whose backend loads for one question, compiles for a number of steps each, and may fail."""
+    """A runner's graphs whose backend loads for three questions, compiles for a number of steps each, and may fail."""
 
     def __init__(self, *ready_after, fails=False):
         self.ready_after = dict(enumerate(ready_after, start=1))  # batch size -> steps
@@ -92,7 +92,7 @@ class SlowGraphs:
 
     def demand(self, key):
         self.demanded.append(key)
-        if len(self.demanded) > 1:
+        if len(self.demanded) > 3:
             self.backend.current = key
 
     def is_ready(self, key):
