@@ -1,8 +1,8 @@
 """The C++ kernels with the names and signatures of the plain bodies.
 
 They take tensors on the CPU in float32, bfloat16 or float16, add up in float32, and read nothing that their result does
-not depend on. A row's result does not depend on the other rows of a call, nor on the number of threads; only large calls
-of `linear` and `routed_experts` go to the library where that is faster, and its order of summation is its own.
+not depend on. A row's result does not depend on the other rows of a call, nor on the number of threads; only large
+calls of `linear` and `routed_experts` go to the library where that is faster, and its order of summation is its own.
 Importing this module loads the library: see `build.load_kernels` for what that can raise.
 """
 
