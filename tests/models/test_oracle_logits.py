@@ -180,6 +180,9 @@ CASES = (
     Case("deepseek-v3-two-dense", "DeepseekV3ForCausalLM", {"first_k_dense_replace": 2, "q_lora_rank": None}),
     Case("deepseek-v3-biases", "DeepseekV3ForCausalLM", {"attention_bias": True}, (without_down_bias,)),
     Case("deepseek-v3-yarn", "DeepseekV3ForCausalLM", DEEPSEEK_YARN, (without_softmax_mscale, without_rope_scaling)),
+    Case("deepseek-v32", "DeepseekV32ForCausalLM", {}, (without_rope,)),
+    Case("deepseek-v32-yarn", "DeepseekV32ForCausalLM", DEEPSEEK_YARN, (without_softmax_mscale, without_rope_scaling)),
+    Case("glm-moe-dsa", "GlmMoeDsaForCausalLM", {}, (without_rope,)),
     Case("deepseek-v3-halves", "DeepseekV3ForCausalLM", {"rope_interleave": False, "tie_word_embeddings": True}),
 )
 FAULTS = [pytest.param(case, fault, id=f"{case.name}-{fault.__name__}") for case in CASES for fault in case.faults]
