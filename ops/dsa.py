@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .attention import decode_mask, gather_blocks
 
-# Products of a chunk's heads with its context that are held at once: 2**25 float32 are 128 MiB.
-PRODUCTS_AT_ONCE = 2**25
+# Products of a chunk's heads with its context that are held at once: 2**24 float64 are 128 MiB.
+PRODUCTS_AT_ONCE = 2**24
 
 
 def write_index_keys(keys: Tensor, index_key_cache: Tensor, slots: Tensor) -> None:
@@ -30,14 +30,17 @@ def write_index_keys(keys: Tensor, index_key_cache: Tensor, slots: Tensor) -> No
 
 
 def indexer_scores(query: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:
-    """Σ over heads of weight · ReLU(query · key), in float32.
+    """Σ over heads of weight · ReLU(query · key).
+
+    Summed in float64 and rounded once: a library adds up in another order at the edge of a matrix than in its middle,
+    and in float32 equal keys would get unequal scores.
 
     query [batch, tokens, heads, dim]; head_weights float32 [batch, tokens, heads], the scales of queries and heads
     included; keys [batch, context, dim], one for all heads -> float32 [batch, tokens, context]. Mutates nothing.
     """
     heads = query.shape[2]
-    products = torch.matmul(query.float().flatten(1, 2), keys.float().mT).relu().unflatten(1, (-1, heads))
-    return torch.matmul(head_weights.unsqueeze(2), products).squeeze(2)
+    products = torch.matmul(query.double().flatten(1, 2), keys.double().mT).relu().unflatten(1, (-1, heads))
+    return torch.matmul(head_weights.double().unsqueeze(2), products).squeeze(2).float()
 
 
 def topk_mask(scores: Tensor, topk: int) -> Tensor:

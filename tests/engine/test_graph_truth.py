@@ -28,6 +28,8 @@ ARCHITECTURES = [
     "Qwen3MoeForCausalLM",
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM",
+    "GlmMoeDsaForCausalLM",
 ]
 COMPILED = "DeepseekV3ForCausalLM"  # latent attention, experts and shared experts: the one the commit tier compiles
 SAMPLERS = ["greedy", "gumbel", "split"]
