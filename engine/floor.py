@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..kvcache.spec import DTYPE_BYTES
-from ..models.config import MLAConfig, ModelConfig, MoEConfig
+from ..models.config import IndexerConfig, MLAConfig, ModelConfig, MoEConfig
 from ..models.kv_spec import kv_cache_spec
 from ..models.parallel import ParallelLayout
 
@@ -136,6 +136,10 @@ def _cost(
         weight_bytes += size * (attention.elements + norms + mlp.elements)
         flops += 2 * num_tokens * (attention.multiplied + mlp.multiplied)
         flops += num_requests * _attention_flops(config, context_len, tokens_per_request, attended)
+        if config.mla is not None and config.indexer is not None:
+            indexing = _indexer_cost(config, config.mla, config.indexer, context_len, tokens_per_request, size)
+            weight_bytes += indexing.weight_bytes
+            flops += num_requests * indexing.flops_per_request
         if moe is not None:
             expert = 3 * config.hidden_size * moe.intermediate_size
             router = moe.num_experts * config.hidden_size
@@ -191,6 +195,33 @@ def _up_projection(config: ModelConfig, mla: MLAConfig) -> int:
     return config.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim) * mla.kv_lora_rank
 
 
+@dataclass(frozen=True)
+class _IndexerCost:
+    weight_bytes: float
+    flops_per_request: float
+
+
+def _indexer_cost(
+    config: ModelConfig, mla: MLAConfig, indexer: IndexerConfig, context_len: float, num_tokens: int, size: int
+) -> _IndexerCost:
+    """Of one layer of sparse attention: keys are always computed, scores where there is anything to leave out. Its norm
+    and the weights of its heads are float32 whatever the model's dtype."""
+    heads, dim = indexer.num_heads, indexer.head_dim
+    keys = config.hidden_size * dim
+    if not _selects(indexer, context_len, num_tokens):
+        return _IndexerCost(size * keys + ROUTER_BYTES * 2 * dim, 2 * num_tokens * keys)
+    queries, weights = (mla.q_lora_rank or 0) * heads * dim, config.hidden_size * heads
+    pairs = num_tokens * context_len + num_tokens * (num_tokens + 1) // 2
+    return _IndexerCost(
+        size * (keys + queries) + ROUTER_BYTES * (2 * dim + weights),
+        2 * num_tokens * (keys + queries + weights) + 2 * heads * (dim + 1) * pairs,
+    )
+
+
+def _selects(indexer: IndexerConfig, context_len: float, num_tokens: int) -> bool:
+    return context_len + num_tokens > indexer.topk
+
+
 def _gated(hidden: int, intermediate: int, bias: bool) -> _Weights:
     return _Weights(3 * hidden * intermediate, (2 * intermediate + hidden) * bias)
 
@@ -243,8 +274,14 @@ def _kv_bytes(config: ModelConfig, context_len: float, num_tokens: int, kv_dtype
             window = _window(config, layer)
             read = context_len if window is None else min(context_len, window - 1)
             elements += per_layer * (read + num_tokens)
+            if config.indexer is not None:  # whose keys are read all or not at all
+                all_keys = context_len if _selects(config.indexer, context_len, num_tokens) else 0
+                elements += config.indexer.head_dim * (all_keys - read)
     return elements * DTYPE_BYTES[kv_dtype]
 
 
 def _window(config: ModelConfig, layer: int) -> int | None:
+    """How many tokens a token attends to at most, itself included; None: all."""
+    if config.indexer is not None:
+        return config.indexer.topk
     return config.sliding_windows[layer] if config.sliding_windows else None

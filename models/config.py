@@ -38,6 +38,17 @@ class MLAConfig:
 
 
 @dataclass(frozen=True)
+class IndexerConfig:
+    """The lightning indexer of DeepSeek Sparse Attention (DeepSeek-V3.2, arXiv:2512.02556)."""
+
+    num_heads: int
+    head_dim: int  # of the one key per token and of each query; the first qk_rope_head_dim elements are rotated
+    topk: int  # tokens that a token attends to
+    interleaved: bool  # rotated pairs (0,1),(2,3)… instead of halves
+    norm_eps: float = 1e-6  # of the norm on the keys: fixed in the published code
+
+
+@dataclass(frozen=True)
 class MoEConfig:
     """Routed experts. `scoring`: softmax | sigmoid. `group_score`: max | top2 (of the scores in a group)."""
 
@@ -87,6 +98,7 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...] = ()  # per layer: tokens attended to, itself included; None: all
     mla: MLAConfig | None = None
+    indexer: IndexerConfig | None = None  # with mla: attention is sparse
     moe: MoEConfig | None = None
     quantization: Fp8BlockConfig | None = None
     num_mtp_layers: int = 0  # stored behind the decoder layers; left unread until speculation is built

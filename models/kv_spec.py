@@ -9,9 +9,12 @@ from .parallel import ParallelLayout
 
 def kv_cache_spec(config: ModelConfig, layout: ParallelLayout, dtype: str) -> KVCacheSpec:
     """This rank's cache: keys and values of its heads; with latent attention one latent and one rope key per token,
-    whole on every rank. dtype: float32 | bfloat16 | float16. Layers with a sliding window keep their whole context."""
+    whole on every rank, and one indexer key where attention is sparse. dtype: float32 | bfloat16 | float16. Layers with
+    a sliding window keep their whole context."""
     if config.mla is not None:
         parts = (KVPart("latent", 1, config.mla.kv_lora_rank), KVPart("rope_key", 1, config.mla.qk_rope_head_dim))
+        if config.indexer is not None:
+            parts = (*parts, KVPart("index_key", 1, config.indexer.head_dim))
     else:
         start, stop = layout.share(config.num_kv_heads, "num_key_value_heads")
         parts = (KVPart("key", stop - start, config.head_dim), KVPart("value", stop - start, config.head_dim))

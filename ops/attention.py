@@ -70,17 +70,25 @@ def paged_decode_attention(
     return torch.matmul(weights, values).reshape(requests, heads, -1)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None) -> Tensor:
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None = None,
+    selected: Tensor | None = None,
+) -> Tensor:
     """Dense causal attention of the last `query_len` tokens of one context.
 
     query [query_len, heads, dim]; key [context_len, kv_heads, dim], value [context_len, kv_heads, value_dim]; heads
     any multiple of kv_heads; the query's tokens are the last of the context -> [query_len, heads, value_dim]. With
-    `window` w a token at position p sees (p - w, p]. Mutates nothing.
+    `window` w a token at position p sees (p - w, p]. `selected` bool [query_len, context_len] says instead what each
+    token sees, at least one and none behind itself. Mutates nothing.
     """
     query_len, context_len = query.shape[0], key.shape[0]
-    whole = query_len == context_len and (window is None or window >= context_len)
-    mask = None
-    if not whole:
+    whole = selected is None and query_len == context_len and (window is None or window >= context_len)
+    mask = selected
+    if mask is None and not whole:
         query_positions = torch.arange(context_len - query_len, context_len, device=query.device).unsqueeze(1)
         ages = query_positions - torch.arange(context_len, device=query.device)  # 0: the token itself
         mask = ages >= 0

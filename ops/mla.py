@@ -70,13 +70,15 @@ def mla_prefill_attention(
     query_lens: tuple[int, ...],
     context_lens: tuple[int, ...],
     scale: float,
+    selected: tuple[Tensor | None, ...] | None = None,
 ) -> Tensor:
     """Expanded attention of a chunk of tokens per request: every head's keys and values are rebuilt from the latents.
 
     query_nope [tokens, heads, nope_dim], query_rope [tokens, heads, rope_dim] (rotated), tokens = sum(query_lens);
     up_projection [heads, nope_dim + value_dim, rank]: per head the key's rows, then the value's; caches as in
     `write_latent_cache`; block_table int32 [requests, max_blocks]; lengths on the host -> [tokens, heads, value_dim].
-    Mutates nothing.
+    `selected`, of sparse attention (`ops.dsa`): per request bool [query_len, context_len], which tokens each token
+    sees, or None for all before it and itself. Mutates nothing.
     """
     heads, rows, rank = up_projection.shape
     nope_dim = query_nope.shape[-1]
@@ -89,5 +91,6 @@ def mla_prefill_attention(
         rope_keys = gather_blocks(rope_key_cache, blocks)[0, :context_len]  # [context_len, 1, rope_dim]
         expanded = functional.linear(latents, up_projection.reshape(heads * rows, rank)).view(context_len, heads, rows)
         keys = torch.cat((expanded[..., :nope_dim], rope_keys.expand(-1, heads, -1)), dim=-1)
-        outputs.append(causal_attention(chunk, keys, expanded[..., nope_dim:], scale))
+        mask = None if selected is None else selected[row]
+        outputs.append(causal_attention(chunk, keys, expanded[..., nope_dim:], scale, selected=mask))
     return torch.cat(outputs)

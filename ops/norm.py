@@ -1,9 +1,10 @@
-"""Root mean square normalisation, alone and fused with the residual addition."""
+"""Normalisation: by the root mean square, alone and fused with the residual addition, and LayerNorm."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -25,3 +26,12 @@ def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, epsilon: floa
     """
     total = residual + hidden
     return rms_norm(total, weight, epsilon), total
+
+
+def layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """`(hidden - mean) / deviation * weight + bias` over the last dimension (arXiv:1607.06450).
+
+    hidden [..., dim] of any floating dtype, weight and bias float32 [dim] -> [..., dim] of the dtype of `hidden`,
+    computed in float32. Mutates nothing.
+    """
+    return functional.layer_norm(hidden.float(), hidden.shape[-1:], weight, bias, epsilon).to(hidden.dtype)

@@ -77,6 +77,8 @@ DEEPSEEK = {
     "topk_group": 2,
     "first_k_dense_replace": 1,
 }
+# Enough heads that ReLU leaves hardly a score at exactly zero, where transformers breaks ties in no promised order.
+INDEXER = {"index_n_heads": 12, "index_head_dim": 20, "index_topk": 8}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
     "MistralForCausalLM": {"sliding_window": 11},
@@ -95,6 +97,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.7,
     },
     "DeepseekV3ForCausalLM": {**DEEPSEEK, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 0},
+    "DeepseekV32ForCausalLM": {**DEEPSEEK, **INDEXER, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 0},
+    "GlmMoeDsaForCausalLM": {**DEEPSEEK, **INDEXER, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0},
 }
 
 

@@ -1,17 +1,27 @@
-"""Reads config.json of the DeepSeek-V2 and DeepSeek-V3 families (R1, V3.1, Kimi-K2 and Moonlight are the latter)."""
+"""Reads config.json of the DeepSeek families V2, V3 (R1, V3.1, Kimi-K2, Moonlight) and V3.2, and of GLM-5."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import MLAConfig, ModelConfig, MoEConfig
+from ..config import IndexerConfig, MLAConfig, ModelConfig, MoEConfig
 from .common import finish, layer_windows, read_position, read_sizes
 from .reader import ConfigReader
 
 # MLA has no heads of its own for keys and values, and its head sizes have their own keys: the general ones that
 # transformers derives and saves are without effect.
 DERIVED = ("head_dim", "qk_head_dim")
+# Where GlmMoeDsaConfig has other defaults than DeepSeek-V3.2.
+GLM_DEFAULTS: dict[str, Any] = {
+    "q_lora_rank": 2048,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
+    "n_group": 1,
+    "topk_group": 1,
+    "rms_norm_eps": 1e-5,
+    "index_n_heads": 32,
+}
 
 
 def parse_deepseek_v2(raw: Mapping[str, Any]) -> ModelConfig:
@@ -34,15 +44,69 @@ def parse_deepseek_v2(raw: Mapping[str, Any]) -> ModelConfig:
     routed = _Routed(reader, sizes["num_layers"], experts=64, per_token=None, shared=2, size=1407, scale=1.0, dense=0)
     groups = routed.groups(None, None) if method == "group_limited_greedy" else routed.ignore_groups()
     moe = routed.config(groups, scoring="softmax", norm_topk_prob=False, group_score="max", has_correction_bias=False)
-    return _model(reader, sizes, moe, interleaved=True, mlp_bias=reader.boolean("mlp_bias", False))
+    return _model(reader, sizes, moe=moe, interleaved=True, mlp_bias=reader.boolean("mlp_bias", False))
 
 
 def parse_deepseek_v3(raw: Mapping[str, Any]) -> ModelConfig:
     """Sigmoid routing with a correction bias, limited to the groups with the best two experts ("noaux_tc").
     Defaults: DeepseekV3Config."""
     reader = ConfigReader(raw)
+    sizes, fields = _biased_routing(reader, vocab_size=129_280, max_position=4096)
+    return _model(reader, sizes, interleaved=reader.boolean("rope_interleave", True), **fields)
+
+
+def parse_deepseek_v32(raw: Mapping[str, Any]) -> ModelConfig:
+    """V3 with an indexer in every layer, which rotates halves. Defaults: DeepseekV32Config."""
+    return _sparse(ConfigReader(raw), vocab_size=129_280, max_position=163_840, interleaved_indexer=False)
+
+
+def parse_glm_moe_dsa(raw: Mapping[str, Any]) -> ModelConfig:
+    """V3.2 whose indexers rotate pairs side by side. Defaults: GlmMoeDsaConfig.
+
+    Layers that share the selection of an earlier one (indexer_types and its other spellings) are refused.
+    """
+    present = {key: value for key, value in raw.items() if value is not None or key not in GLM_DEFAULTS}
+    reader = ConfigReader({**GLM_DEFAULTS, **present, "q_lora_rank": raw.get("q_lora_rank", 2048)})
+    types = reader.strings("indexer_types")
+    if types is None:
+        reader.require_neutral({"index_topk_freq": (0, 1)})
+        pattern = reader.get("index_topk_pattern")
+        if pattern is not None and set(pattern) - {"F", "full"}:
+            raise reader.unsupported("index_topk_pattern", "supported: null, or F for every layer")
+    elif set(types) - {"full"}:
+        raise reader.unsupported("indexer_types", "supported: null, or full for every layer")
+    for key in ("index_topk_freq", "index_topk_pattern", "index_skip_topk_offset", "index_share_for_mtp_iteration"):
+        reader.get(key)  # without effect beside indexer_types, or where every layer has its own selection
+    return _sparse(reader, vocab_size=154_880, max_position=202_752, interleaved_indexer=True)
+
+
+def _sparse(reader: ConfigReader, *, vocab_size: int, max_position: int, interleaved_indexer: bool) -> ModelConfig:
+    reader.require_neutral({"rope_interleave": (True,)})
+    sizes, fields = _biased_routing(reader, vocab_size=vocab_size, max_position=max_position)
+    types = reader.strings("layer_types")
+    if types is not None and set(types) != {"indexed_attention"}:
+        raise reader.unsupported("layer_types", "supported: null, or indexed_attention for every layer")
+    indexer = IndexerConfig(
+        num_heads=reader.integer("index_n_heads", 64),
+        head_dim=reader.integer("index_head_dim", 128),
+        topk=reader.integer("index_topk", 2048),
+        interleaved=reader.boolean("indexer_rope_interleave", interleaved_indexer),
+    )
+    config = _model(reader, sizes, interleaved=True, indexer=indexer, **fields)
+    assert config.mla is not None
+    if config.mla.q_lora_rank is None:
+        raise reader.error("q_lora_rank", "an integer: the indexer's queries are made of the low-rank query")
+    if indexer.head_dim < config.rope.dim:
+        raise reader.error("index_head_dim", f"at least qk_rope_head_dim {config.rope.dim}")
+    return config
+
+
+def _biased_routing(
+    reader: ConfigReader, *, vocab_size: int, max_position: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What V3 and its successors have in common beside attention: the fields of `read_sizes`, and others."""
     reader.require_neutral({"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)})
-    sizes = _sizes(reader, vocab_size=129_280, max_position=4096)
+    sizes = _sizes(reader, vocab_size=vocab_size, max_position=max_position)
     routed = _Routed(reader, sizes["num_layers"], experts=256, per_token=8, shared=1, size=2048, scale=2.5, dense=3)
     norm = reader.boolean("norm_topk_prob", True)
     moe = routed.config(
@@ -50,7 +114,7 @@ def parse_deepseek_v3(raw: Mapping[str, Any]) -> ModelConfig:
     )
     mtp = reader.integer("num_mtp_layers", 1, minimum=0, maximum=64)  # transformers' name for the next
     mtp = reader.integer("num_nextn_predict_layers", mtp, minimum=0, maximum=64)
-    return _model(reader, sizes, moe, interleaved=reader.boolean("rope_interleave", True), num_mtp_layers=mtp)
+    return sizes, {"moe": moe, "num_mtp_layers": mtp}
 
 
 def _sizes(reader: ConfigReader, *, vocab_size: int, max_position: int) -> dict[str, Any]:
@@ -61,9 +125,7 @@ def _sizes(reader: ConfigReader, *, vocab_size: int, max_position: int) -> dict[
     return sizes
 
 
-def _model(
-    reader: ConfigReader, sizes: dict[str, Any], moe: MoEConfig | None, *, interleaved: bool, **fields: Any
-) -> ModelConfig:
+def _model(reader: ConfigReader, sizes: dict[str, Any], *, interleaved: bool, **fields: Any) -> ModelConfig:
     """The attention half, the same in both families. attention_bias covers the down projections and o."""
     mla = MLAConfig(
         q_lora_rank=reader.optional_integer("q_lora_rank", 1536),
@@ -75,15 +137,15 @@ def _model(
     bias = reader.boolean("attention_bias", False)
     for key in DERIVED:
         reader.get(key)
+    if "indexer" not in fields:
+        fields |= layer_windows(reader, sizes["num_layers"], None, 0)
     config = ModelConfig(
         **sizes,
         **read_position(reader, sizes, dim=mla.qk_rope_head_dim, interleaved=interleaved),
-        **layer_windows(reader, sizes["num_layers"], None, 0),
         head_dim=mla.qk_nope_head_dim + mla.qk_rope_head_dim,
         qkv_bias=bias,
         o_bias=bias,
         mla=mla,
-        moe=moe,
         **fields,
     )
     finish(reader)
@@ -114,6 +176,11 @@ class _Routed:
         first = reader.integer("first_k_dense_replace", dense, minimum=0)
         every = reader.integer("moe_layer_freq", 1)
         self.layers = frozenset(layer for layer in range(first, num_layers) if layer % every == 0)
+        kinds = reader.strings("mlp_layer_types")  # transformers' spelling, which counts where both are there
+        if kinds is not None:
+            if len(kinds) != num_layers or set(kinds) - {"dense", "sparse"}:
+                raise reader.error("mlp_layer_types", f"a list of num_hidden_layers = {num_layers} dense or sparse")
+            self.layers = frozenset(layer for layer, kind in enumerate(kinds) if kind == "sparse")
         self.present = bool(self.experts and self.layers)
         self.per_token = reader.optional_integer("num_experts_per_tok", per_token) or 0
         if self.present and not 1 <= self.per_token <= self.experts:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ...ops.dsa import pages_of_one
 from ...ops.mla import mla_prefill_attention, write_latent_cache
 from ...ops.rope import rotate
 from ..config import MLAConfig, ModelConfig
@@ -16,6 +18,14 @@ from .linear import ColumnLinear, RowLinear, Rows
 from .norm import RMSNorm
 from .placement import Placement
 from .rope import mla_softmax_scale
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens that attention reads where it is sparse."""
+
+    slots: Tensor | None  # int32 [decoding requests, topk], those of the context first; None: the whole context
+    masks: tuple[Tensor | None, ...]  # per prefilling request bool [query_len, context_len]; None: what came before
 
 
 class MLAAttention(nn.Module):
@@ -59,12 +69,20 @@ class MLAAttention(nn.Module):
         self, hidden: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, cache: tuple[Tensor, ...]
     ) -> Tensor:
         """hidden [tokens, hidden] -> [tokens, hidden]; writes the tokens' latents and rope keys into `cache`."""
+        _, query_nope, query_rope = self.project(hidden, cos, sin, context, cache)
+        return self.o_proj(self.attend(query_nope, query_rope, context, cache).flatten(1))
+
+    def project(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, cache: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [tokens, hidden] -> what the queries are made of [tokens, q_lora_rank] (or `hidden` itself), and the
+        queries [tokens, heads, nope_dim], [tokens, heads, rope_dim], rotated; writes latents and rope keys."""
         down = self.down_proj(hidden).split(self.down_proj.sizes, dim=-1)
-        query = self.q_proj(hidden if self.q_norm is None else self.q_norm(down[0]))
+        low_rank = hidden if self.q_norm is None else self.q_norm(down[0])
         nope_dim, rope_dim = self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim
-        query_nope, query_rope = query.unflatten(-1, (-1, nope_dim + rope_dim)).split((nope_dim, rope_dim), dim=-1)
-        query_rope = rotate(query_rope, cos, sin, self.interleaved)
-        latent_cache, rope_key_cache = cache
+        query = self.q_proj(low_rank).unflatten(-1, (-1, nope_dim + rope_dim))
+        query_nope, query_rope = query.split((nope_dim, rope_dim), dim=-1)
+        latent_cache, rope_key_cache = cache[:2]
         write_latent_cache(
             down[-1],
             self.kv_norm.weight,
@@ -76,29 +94,35 @@ class MLAAttention(nn.Module):
             rope_key_cache,
             context.slots,
         )
-        return self.o_proj(self.attend(query_nope, query_rope, latent_cache, rope_key_cache, context).flatten(1))
+        return low_rank, query_nope, rotate(query_rope, cos, sin, self.interleaved)
 
     def attend(
         self,
         query_nope: Tensor,
         query_rope: Tensor,
-        latent_cache: Tensor,
-        rope_key_cache: Tensor,
         context: ForwardContext,
+        cache: tuple[Tensor, ...],
+        selection: Selection | None = None,
     ) -> Tensor:
         """query_nope [tokens, heads, nope_dim], query_rope [tokens, heads, rope_dim] -> [tokens, heads, value_dim]."""
+        latent_cache, rope_key_cache = cache[:2]
         decoding = context.num_decode
         outputs = []
         if decoding:
             key_up, value_up = self.up_projection.split((self.mla.qk_nope_head_dim, self.mla.v_head_dim), dim=1)
             ops = self.ops.table
+            latents, rope_keys = latent_cache, rope_key_cache
+            pages, lens = context.block_table[:decoding], context.context_lens[:decoding]
+            if selection is not None and selection.slots is not None:
+                latents, rope_keys = pages_of_one(latent_cache), pages_of_one(rope_key_cache)
+                pages, lens = selection.slots, lens.clamp(max=selection.slots.shape[1])
             attended = ops.mla_decode_attention(
                 ops.head_linear(query_nope[:decoding], key_up, True),  # [n, heads, rank]
                 query_rope[:decoding],
-                latent_cache,
-                rope_key_cache,
-                context.block_table[:decoding],
-                context.context_lens[:decoding],
+                latents,
+                rope_keys,
+                pages,
+                lens,
                 self.scale,
             )
             outputs.append(ops.head_linear(attended, value_up))
@@ -113,6 +137,7 @@ class MLAAttention(nn.Module):
                 context.prefill_query_lens,
                 context.prefill_context_lens,
                 self.scale,
+                None if selection is None else selection.masks,
             )
             outputs.append(expanded)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -1,12 +1,13 @@
-"""The RMS norm layer."""
+"""The norm layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
-from ...ops.norm import add_rms_norm, rms_norm
+from ...ops.norm import add_rms_norm, layer_norm, rms_norm
 from ..weights import WeightSlot
 from .placement import Placement
 
@@ -28,3 +29,20 @@ class RMSNorm(nn.Module):
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield WeightSlot(f"{prefix}.weight", self.weight)
+
+
+class LayerNorm(nn.Module):
+    """Normalises the last dimension, of size `dim`, with a bias; weight and bias are kept in float32."""
+
+    def __init__(self, dim: int, epsilon: float, placement: Placement) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = placement.empty(dim, dtype=torch.float32)
+        self.bias = placement.empty(dim, dtype=torch.float32)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return layer_norm(hidden, self.weight, self.bias, self.epsilon)
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        yield WeightSlot(f"{prefix}.weight", self.weight)
+        yield WeightSlot(f"{prefix}.bias", self.bias)

@@ -39,6 +39,10 @@ DEEPSEEK_TINY = {
     "kv_lora_rank": 128, "q_lora_rank": 256, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64,
     "max_position_embeddings": 8192, "tie_word_embeddings": False, "dtype": "bfloat16",
 }  # fmt: skip
+SPARSE_TINY = {
+    **DEEPSEEK_TINY, "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "index_n_heads": 4,
+    "index_head_dim": 64, "index_topk": 32,
+}  # fmt: skip
 QWEN3_MOE_TINY = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 32000, "hidden_size": 512,
     "intermediate_size": 1536, "moe_intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -72,7 +76,7 @@ def test_bytes_of_published_shapes(raw, weight_bytes, kv_bytes_per_token):
 
 
 @pytest.mark.parametrize(
-    "raw", [LLAMA_160M, QWEN3_06B, DEEPSEEK_TINY, QWEN3_MOE_TINY], ids=lambda raw: raw["model_type"]
+    "raw", [LLAMA_160M, QWEN3_06B, DEEPSEEK_TINY, SPARSE_TINY, QWEN3_MOE_TINY], ids=lambda raw: raw["model_type"]
 )
 def test_a_step_that_hits_every_expert_reads_every_parameter_but_the_embedding_once(raw):
     config = parse_config(raw)
@@ -181,6 +185,23 @@ def test_pairs_of_a_windowed_prompt_are_those_of_its_mask(cached, count):
     layer = 4 * 768 * 768 + 3 * 768 * 3072
     expected = prefill_cost(without, count, num_cached=cached).flops + 12 * (2 * count * layer + 4 * 768 * pairs)
     assert prefill_cost(config, count, num_cached=cached).flops == expected
+
+
+def test_sparse_attention_reads_what_it_selects_and_all_of_the_indexers_keys():
+    dense, sparse = parse_config(DEEPSEEK_TINY), parse_config(SPARSE_TINY)
+    latent, index_key = 8 * 160 * 2, 8 * 64 * 2  # bytes per token
+    assert decode_cost(sparse, 3, 1000).kv_bytes == 3 * ((31 + 1) * latent + (1000 + 1) * index_key)
+    projections = 64 * (512 + 256 * 4) + 4 * 512
+    absorbed, scores = 2 * 8 * (128 + 32 + 128), 2 * 4 * 65
+    added = 8 * (2 * projections + 1001 * scores - (1001 - 32) * absorbed)
+    assert decode_cost(sparse, 3, 1000).flops - decode_cost(dense, 3, 1000).flops == 3 * added
+
+
+def test_below_its_selection_sparse_attention_stores_indexer_keys_and_reads_none():
+    dense, sparse = parse_config(DEEPSEEK_TINY), parse_config(SPARSE_TINY)
+    assert decode_cost(sparse, 1, 31).kv_bytes == decode_cost(dense, 1, 31).kv_bytes + 8 * 64 * 2
+    assert decode_cost(sparse, 1, 31).flops == decode_cost(dense, 1, 31).flops + 8 * 2 * 512 * 64
+    assert decode_cost(sparse, 1, 31).weight_bytes < decode_cost(sparse, 1, 32).weight_bytes
 
 
 def test_a_prompt_needs_the_logits_of_its_last_token_only():

@@ -21,6 +21,8 @@ ARCHITECTURES = [
     "Qwen3MoeForCausalLM",
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM",
+    "GlmMoeDsaForCausalLM",
 ]
 NUM_TOKENS = 64
 TIE = 1e-5  # top two logits closer than this (in logits) may swap in another order of summation

@@ -16,7 +16,7 @@ import torch
 
 from omni_engine import Engine, SamplingParams
 from omni_engine.engine.graph_runner import GraphRunner
-from omni_engine.models.layers import attention, mla
+from omni_engine.models.layers import attention, dsa, mla
 from omni_engine.ops.cache_folder import cache_root
 from omni_engine.ops.table import PLAIN
 
@@ -28,6 +28,8 @@ ARCHITECTURES = [
     "Qwen3MoeForCausalLM",
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM",
+    "GlmMoeDsaForCausalLM",
 ]
 COMPILED = "DeepseekV3ForCausalLM"  # latent attention, experts and shared experts: the one the commit tier compiles
 SAMPLERS = ["greedy", "gumbel", "split"]
@@ -278,6 +280,7 @@ def test_the_gate_sees_a_wrong_input_of_a_compiled_step(compiled, sabotage):
 @pytest.mark.parametrize(("architecture", "module", "name"), [
     ("Qwen3ForCausalLM", attention, "write_kv_cache"),
     (COMPILED, mla, "write_latent_cache"),
+    ("DeepseekV32ForCausalLM", dsa, "write_index_keys"),
 ])  # fmt: skip
 def test_the_gate_sees_a_missing_cache_write(make_checkpoint, monkeypatch, architecture, module, name):
     engine = make_engine(make_checkpoint(architecture), "eager")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from omni_engine.models.config import Fp8BlockConfig, MLAConfig
+from omni_engine.models.config import Fp8BlockConfig, IndexerConfig, MLAConfig
 from omni_engine.models.config_parser import merge_overrides, parse_config
 
 # The computation keys of published config.json files (model cards of the same names); the rest is left out.
@@ -270,7 +270,76 @@ KIMI_K2: dict[str, Any] = {
     "topk_group": 1,
     "vocab_size": 163840,
 }
-PUBLISHED = [LLAMA_31_8B, MISTRAL_7B_V01, QWEN25_05B, QWEN3_8B, QWEN3_30B_A3B, DEEPSEEK_V2_LITE, DEEPSEEK_V3, KIMI_K2]
+DEEPSEEK_V32: dict[str, Any] = {
+    **DEEPSEEK_V3,
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+    "model_type": "deepseek_v32",
+    "quantization_config": {**DEEPSEEK_V3["quantization_config"], "scale_fmt": "ue8m0"},
+}
+GLM_5: dict[str, Any] = {
+    "architectures": ["GlmMoeDsaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "eos_token_id": [154820, 154827, 154829],
+    "ep_size": 1,
+    "first_k_dense_replace": 3,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 6144,
+    "index_head_dim": 128,
+    "index_n_heads": 32,
+    "index_topk": 2048,
+    "indexer_rope_interleave": True,
+    "initializer_range": 0.02,
+    "intermediate_size": 12288,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 202752,
+    "model_type": "glm_moe_dsa",
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 78,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 1,
+    "pad_token_id": 154820,
+    "pretraining_tp": 1,
+    "q_lora_rank": 2048,
+    "qk_head_dim": 256,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-05,
+    "rope_interleave": True,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 256,
+    "vocab_size": 154880,
+}
+PUBLISHED = [
+    LLAMA_31_8B,
+    MISTRAL_7B_V01,
+    QWEN25_05B,
+    QWEN3_8B,
+    QWEN3_30B_A3B,
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3,
+    KIMI_K2,
+    DEEPSEEK_V32,
+    GLM_5,
+]
 
 
 def test_llama_31_is_read_with_its_llama3_rope() -> None:
@@ -400,6 +469,38 @@ def test_deepseek_v3_defaults_come_from_the_transformers_class() -> None:
     assert config.moe is not None
     assert config.moe.layers == {3, 4} and config.moe.num_experts == 256
     assert (config.vocab_size, config.max_position_embeddings, config.num_mtp_layers) == (129280, 4096, 1)
+
+
+def test_deepseek_v32_is_a_deepseek_v3_with_an_indexer_that_rotates_halves() -> None:
+    config, v3 = parse_config(DEEPSEEK_V32), parse_config(DEEPSEEK_V3)
+    assert config.indexer == IndexerConfig(num_heads=64, head_dim=128, topk=2048, interleaved=False)
+    assert (config.mla, config.moe, config.rope, config.quantization) == (v3.mla, v3.moe, v3.rope, v3.quantization)
+    assert config.num_mtp_layers == 1 and v3.indexer is None
+
+
+def test_glm_5_has_an_indexer_that_rotates_pairs_side_by_side() -> None:
+    config = parse_config(GLM_5)
+    assert config.indexer == IndexerConfig(num_heads=32, head_dim=128, topk=2048, interleaved=True)
+    assert config.mla == MLAConfig(2048, 512, 192, 64, 256)
+    assert config.moe is not None and config.moe.layers == frozenset(range(3, 78))
+    assert config.rope.interleaved and config.rope.theta == 1e6 and config.rms_norm_eps == 1e-5
+
+
+@pytest.mark.parametrize("raw", [DEEPSEEK_V32, GLM_5], ids=lambda raw: raw["model_type"])
+def test_sparse_defaults_come_from_the_transformers_class(raw: dict[str, Any]) -> None:
+    """Whatever is left out of config.json reads as transformers fills it in."""
+    transformers = pytest.importorskip("transformers")
+    sizes = ("architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    short = {key: raw[key] for key in sizes} | {"num_nextn_predict_layers": 0}
+    theirs = getattr(transformers, raw["architectures"][0]).config_class(**short).to_dict()
+    theirs = {key: value for key, value in theirs.items() if key not in ("model_type", "bos_token_id", "eos_token_id")}
+    assert parse_config({**theirs, **short}) == parse_config(short)
+
+
+def test_a_list_of_dense_and_sparse_layers_counts_before_the_number_of_dense_ones() -> None:
+    kinds = ["dense", "sparse", "dense", "sparse"]
+    config = parse_config({**GLM_5, "num_hidden_layers": 4, "mlp_layer_types": kinds})
+    assert config.moe is not None and config.moe.layers == {1, 3}
 
 
 def test_null_n_routed_experts_is_a_dense_model() -> None:

@@ -31,6 +31,8 @@ DEEPSEEK = LLAMA | {
     "topk_group": 2,
     "first_k_dense_replace": 1,
 }
+DEEPSEEK_V32 = DEEPSEEK | {"architectures": ["DeepseekV32ForCausalLM"], "index_topk": 64}
+GLM = DEEPSEEK_V32 | {"architectures": ["GlmMoeDsaForCausalLM"]}
 DEEPSEEK_V2 = DEEPSEEK | {"architectures": ["DeepseekV2ForCausalLM"], "topk_method": "group_limited_greedy"}
 
 
@@ -77,6 +79,10 @@ WRONG_TYPES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     (DEEPSEEK, {"num_experts_per_tok": 17}, ["num_experts_per_tok", "17"]),
     (DEEPSEEK_V2, {"num_experts_per_tok": None}, ["num_experts_per_tok", "None"]),
     (DEEPSEEK, {"q_lora_rank": 0}, ["q_lora_rank", "0"]),
+    (DEEPSEEK_V32, {"index_topk": 0}, ["index_topk", "0"]),
+    (DEEPSEEK_V32, {"index_n_heads": "8"}, ["index_n_heads", "integer", "'8'"]),
+    (DEEPSEEK_V32, {"index_head_dim": 32}, ["index_head_dim", "qk_rope_head_dim 64", "32"]),
+    (DEEPSEEK_V32, {"mlp_layer_types": ["sparse"]}, ["mlp_layer_types", "num_hidden_layers"]),
 ]
 NOT_IMPLEMENTED: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     (LLAMA, {"hidden_act": "gelu"}, ["hidden_act", "silu", "'gelu'"]),
@@ -122,6 +128,14 @@ NOT_IMPLEMENTED: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     (DEEPSEEK, {"topk_method": "greedy"}, ["topk_method", "noaux_tc", "'greedy'"]),
     (DEEPSEEK, {"index_topk": 2048}, ["index_topk", "2048"]),
     (DEEPSEEK, {"mlp_bias": True}, ["mlp_bias", "True"]),
+    (DEEPSEEK_V32, {"q_lora_rank": None}, ["q_lora_rank", "indexer", "None"]),
+    (GLM, {"q_lora_rank": None}, ["q_lora_rank", "indexer", "None"]),
+    (DEEPSEEK_V32, {"rope_interleave": False}, ["rope_interleave", "False"]),
+    (DEEPSEEK_V32, {"layer_types": ["full_attention"]}, ["layer_types", "indexed_attention"]),
+    (DEEPSEEK_V32, {"sliding_window": 8}, ["sliding_window", "8"]),
+    (GLM, {"indexer_types": ["full", "shared"]}, ["indexer_types", "full for every layer"]),
+    (GLM, {"index_topk_freq": 4}, ["index_topk_freq", "4"]),
+    (GLM, {"index_topk_pattern": "FSSS"}, ["index_topk_pattern", "FSSS"]),
     (DEEPSEEK_V2, {"scoring_func": "sigmoid"}, ["scoring_func", "softmax", "'sigmoid'"]),
     (DEEPSEEK_V2, {"topk_method": "noaux_tc"}, ["topk_method", "greedy", "'noaux_tc'"]),
     (DEEPSEEK_V2, {"norm_topk_prob": True}, ["norm_topk_prob", "True"]),

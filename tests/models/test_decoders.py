@@ -20,7 +20,7 @@ from omni_engine.models.registry import resolve
 
 META = torch.device("meta")
 EVERY_DECODER = pytest.mark.parametrize(
-    "architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"]
+    "architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM"]
 )
 
 
@@ -107,9 +107,9 @@ def test_latent_up_projection_is_a_view_of_the_loaded_weight(make_checkpoint: Ca
     assert attention.up_projection.data_ptr() == attention.kv_b_proj.weight.data_ptr()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "DeepseekV3ForCausalLM"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM"])
 def test_a_decode_step_reads_no_value_on_the_host(architecture: str, make_checkpoint: Callable[..., Path]) -> None:
-    dense = {"first_k_dense_replace": 3} if architecture == "DeepseekV3ForCausalLM" else {}
+    dense = {"first_k_dense_replace": 3} if architecture.startswith("Deepseek") else {}
     model = build(make_checkpoint(architecture, **dense))
     assert decode_once(model).shape == (3, model.config.vocab_size)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from omni_engine.kvcache.spec import KVPart
-from omni_engine.models.config import MLAConfig, ModelConfig, RopeConfig
+from omni_engine.models.config import IndexerConfig, MLAConfig, ModelConfig, RopeConfig
 from omni_engine.models.kv_spec import kv_cache_spec
 from omni_engine.models.parallel import ParallelLayout
 
@@ -40,6 +40,13 @@ def test_latent_attention_stores_one_latent_and_one_rope_key() -> None:
     spec = kv_cache_spec(MLA, ParallelLayout(), "bfloat16")
     assert spec.groups[0].parts == (KVPart("latent", 1, 512), KVPart("rope_key", 1, 64))
     assert spec.bytes_per_token == 3 * 576 * 2
+
+
+def test_sparse_attention_stores_an_indexer_key_too() -> None:
+    sparse = replace(MLA, indexer=IndexerConfig(num_heads=64, head_dim=128, topk=2048, interleaved=False))
+    spec = kv_cache_spec(sparse, ParallelLayout(), "bfloat16")
+    assert spec.groups[0].parts == (KVPart("latent", 1, 512), KVPart("rope_key", 1, 64), KVPart("index_key", 1, 128))
+    assert spec.bytes_per_token == 3 * 704 * 2
 
 
 def test_ranks_split_kv_heads_and_repeat_the_latent() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from omni_engine.models.forward_context import ForwardContext
 from omni_engine.models.kv_spec import kv_cache_spec
 from omni_engine.models.layers.attention import Attention
 from omni_engine.models.layers.decoder import CausalDecoder
+from omni_engine.models.layers.dsa import Indexer, SparseMLAAttention
 from omni_engine.models.layers.mla import MLAAttention
 from omni_engine.models.layers.moe import MoE
 from omni_engine.models.parallel import ParallelLayout
@@ -103,6 +104,31 @@ def with_halved_pairs(model: CausalDecoder) -> None:
         attention.interleaved = False
 
 
+def without_selection(model: CausalDecoder) -> None:
+    for attention in parts(model, SparseMLAAttention):
+        attention.topk = 10_000
+
+
+def with_the_first_tokens_selected(model: CausalDecoder) -> None:
+    for indexer in parts(model, Indexer):
+        indexer.weights_proj.zero_()  # all scores tie
+
+
+def with_other_index_pairs(model: CausalDecoder) -> None:
+    for indexer in parts(model, Indexer):
+        indexer.indexer = replace(indexer.indexer, interleaved=not indexer.indexer.interleaved)
+
+
+def without_index_key_bias(model: CausalDecoder) -> None:
+    for indexer in parts(model, Indexer):
+        indexer.key_norm.bias.zero_()
+
+
+def with_equal_index_heads(model: CausalDecoder) -> None:
+    for indexer in parts(model, Indexer):
+        indexer.weights_proj.copy_(indexer.weights_proj.mean(0, keepdim=True).expand_as(indexer.weights_proj))
+
+
 def parts(model: CausalDecoder, kind: type[Any]) -> Iterator[Any]:
     found = [module for module in model.modules() if isinstance(module, kind)]
     assert found
@@ -143,6 +169,14 @@ DEEPSEEK_YARN = rope(
 ALL_BIASES = {"attention_bias": True, "mlp_bias": True}
 SLIDING = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 
+INDEXER_FAULTS = (
+    without_selection,
+    with_the_first_tokens_selected,
+    with_other_index_pairs,
+    without_index_key_bias,
+    with_equal_index_heads,
+)
+
 CASES = (
     Case("llama", "LlamaForCausalLM", {}, (without_rope,)),
     Case("llama-biases", "LlamaForCausalLM", ALL_BIASES, (without_qkv_bias, without_mlp_bias)),
@@ -180,6 +214,11 @@ CASES = (
     Case("deepseek-v3-two-dense", "DeepseekV3ForCausalLM", {"first_k_dense_replace": 2, "q_lora_rank": None}),
     Case("deepseek-v3-biases", "DeepseekV3ForCausalLM", {"attention_bias": True}, (without_down_bias,)),
     Case("deepseek-v3-yarn", "DeepseekV3ForCausalLM", DEEPSEEK_YARN, (without_softmax_mscale, without_rope_scaling)),
+    Case("deepseek-v32", "DeepseekV32ForCausalLM", {}, (without_rope, *INDEXER_FAULTS)),
+    Case("deepseek-v32-yarn", "DeepseekV32ForCausalLM", DEEPSEEK_YARN, (without_softmax_mscale, without_rope_scaling)),
+    Case("deepseek-v32-select-all", "DeepseekV32ForCausalLM", {"index_topk": 64}),
+    Case("deepseek-v32-biases", "DeepseekV32ForCausalLM", {"attention_bias": True}, (without_down_bias,)),
+    Case("glm-moe-dsa", "GlmMoeDsaForCausalLM", {}, (without_rope, *INDEXER_FAULTS)),
     Case("deepseek-v3-halves", "DeepseekV3ForCausalLM", {"rope_interleave": False, "tie_word_embeddings": True}),
 )
 FAULTS = [pytest.param(case, fault, id=f"{case.name}-{fault.__name__}") for case in CASES for fault in case.faults]

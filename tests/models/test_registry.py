@@ -26,7 +26,9 @@ RAW: dict[str, Any] = {
 }
 BUILT_IN = [
     "DeepseekV2ForCausalLM",
+    "DeepseekV32ForCausalLM",
     "DeepseekV3ForCausalLM",
+    "GlmMoeDsaForCausalLM",
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
