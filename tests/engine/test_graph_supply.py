@@ -17,6 +17,7 @@ import pytest
 from omni_engine import Engine, SamplingParams
 from omni_engine.engine.graph_supply import SCRATCH_PREFIX, GraphError, _sweep_scratch
 from omni_engine.ops.cache_folder import cache_root
+from omni_engine.ops.cpu.build import available, describe
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -108,7 +109,9 @@ def test_a_cache_that_is_no_folder_is_not_used(checkpoint, expected, cache, capl
 
 
 @pytest.mark.full
-def test_a_full_disk_ends_the_compiling_and_costs_no_request(checkpoint, expected, cache, monkeypatch, caplog):
+def test_a_full_disk_ends_the_compiling_and_costs_no_request(
+    compiler, checkpoint, expected, cache, monkeypatch, caplog
+):
     """The limit on file sizes stands for the disk; the compiling process inherits it and the compiler's files are
     smaller than the package."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -124,6 +127,12 @@ def test_a_full_disk_ends_the_compiling_and_costs_no_request(checkpoint, expecte
     assert not list((cache / "graphs").glob("*/graph.pt2"))
 
 
+@pytest.fixture
+def compiler():
+    if not available():
+        pytest.skip(f"there are no C++ kernels: {describe()}")
+
+
 def wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -131,7 +140,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
 
 
-def test_the_end_of_the_compiling_process_is_told_and_costs_no_request(checkpoint, expected, cache, caplog):
+def test_the_end_of_the_compiling_process_is_told_and_costs_no_request(compiler, checkpoint, expected, cache, caplog):
     with caplog.at_level(logging.WARNING):
         engine = make_engine(checkpoint)
         backend = engine._core.runner.graphs.backend
@@ -142,7 +151,7 @@ def test_the_end_of_the_compiling_process_is_told_and_costs_no_request(checkpoin
     assert "the compiling process ended" in caplog.text
 
 
-def test_closing_an_engine_ends_its_compiling_process(checkpoint, cache):
+def test_closing_an_engine_ends_its_compiling_process(compiler, checkpoint, cache):
     engine = make_engine(checkpoint)
     backend = engine._core.runner.graphs.backend
     wait_for(lambda: backend.current is not None)
@@ -176,7 +185,7 @@ def test_the_graph_that_steps_ask_for_is_made_first(checkpoint, cache):
 
 
 @pytest.mark.full
-def test_an_altered_entry_is_compiled_again(checkpoint, expected, cache, caplog):
+def test_an_altered_entry_is_compiled_again(compiler, checkpoint, expected, cache, caplog):
     options = {"cudagraph_capture_sizes": [1], "require_graph": True}
     engine = make_engine(checkpoint, **options)
     assert engine._core.runner.graphs.backend.num_compiled == 3
