@@ -103,9 +103,9 @@ def selection_margins(reference):
         hidden, low_rank, (cos, sin) = inputs[:3]
         count, heads = hidden.shape[1], indexer.n_heads
         interleaved = "Glm" in type(indexer).__name__
-        angles = [angle[0, :, : angle.shape[-1] // 2] for angle in (cos, sin)]
-        query = rotate(indexer.wq_b(low_rank)[0].view(count, heads, -1), *angles, interleaved)
-        keys = rotate(indexer.k_norm(indexer.wk(hidden))[0].unsqueeze(1), *angles, interleaved)[:, 0]
+        cos, sin = (angles[0, :, : angles.shape[-1] // 2] for angles in (cos, sin))
+        query = rotate(indexer.wq_b(low_rank)[0].view(count, heads, -1), cos, sin, interleaved)
+        keys = rotate(indexer.k_norm(indexer.wk(hidden))[0].unsqueeze(1), cos, sin, interleaved)[:, 0]
         weights = indexer.weights_proj(hidden) * (heads * indexer.head_dim) ** -0.5
         scores = indexer_scores(query.unsqueeze(0), weights, keys.unsqueeze(0))[0]
         future = torch.ones(count, count, dtype=torch.bool).triu(1)
