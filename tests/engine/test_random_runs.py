@@ -36,7 +36,13 @@ def shape(output):
 
 LONG = [
     pytest.param(architecture, seed, marks=pytest.mark.full)
-    for architecture in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM")
+    for architecture in (
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "DeepseekV3ForCausalLM",
+        "DeepseekV32ForCausalLM",
+    )
     for seed in range(10, 25)
 ]
 

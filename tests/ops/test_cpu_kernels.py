@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from omni_engine.ops.cpu.build import KernelsUnavailable, chosen_form, find_compiler
+from omni_engine.ops.dsa import pages_of_one
 from omni_engine.ops.table import PLAIN, OpTable, cpu_table
 
 # Differences to a float32 reference over its largest value: rounding of inputs is shared, that of results is not.
@@ -191,6 +192,25 @@ def test_mla_attention_equals_the_plain_body(
     result = own.mla_decode_attention(latent, rope, *paged.caches, paged.table, paged.lens, scale)
     expected = PLAIN.mla_decode_attention(latent.float(), rope.float(), *paged.plain(), paged.lens, scale)
     assert_close(result, expected, dtype)
+
+
+@DTYPES
+def test_mla_attention_over_pages_of_one_token_reads_only_those_of_the_context(
+    own: OpTable, dtype: torch.dtype
+) -> None:
+    """Sparse attention: a block table of slots, more of them than a short context has tokens."""
+    selected, lens = 24, torch.tensor([24, 5, 0, 24], dtype=torch.int32)
+    caches = [randn(dtype, 40, 16, 1, dim) for dim in (48, 8)]
+    order = torch.randperm(40 * 16)[: 4 * selected].view(4, selected).to(torch.int32)
+    unread = order[torch.arange(selected) >= lens.unsqueeze(1)].long()
+    latent, rope = randn(dtype, 4, 6, 48), randn(dtype, 4, 6, 8)
+    plain = [pages_of_one(cache).float() for cache in caches]
+    expected = PLAIN.mla_decode_attention(latent.float(), rope.float(), *plain, order, lens, 0.2)
+    for cache in caches:
+        cache.flatten(0, 1)[unread] = float("nan")
+    result = own.mla_decode_attention(latent, rope, *(pages_of_one(cache) for cache in caches), order, lens, 0.2)
+    seen = lens > 0
+    assert_close(result[seen], expected[seen], dtype)
 
 
 def attention_call(own: OpTable, op: str, paged: Paged, lens: list[int]) -> Callable[[slice], Tensor]:
