@@ -32,7 +32,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "omni_engine.server.cli", "serve", str(path), "--port", str(port), "--api-key", "k",
-             "--max-num-seqs", "1", "--max-num-queued-reqs", "1", "--served-model-name", "tiny", "--dtype", "float32"],
+             "--max-num-seqs", "1", "--max-num-queued-reqs", "2", "--served-model-name", "tiny", "--dtype", "float32"],
             stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         while self.ask("GET", "/health")[0] != 200:
@@ -218,16 +218,18 @@ def test_too_many_waiting_requests_are_a_503(server):
     body = {"prompt": "a", "max_tokens": LENGTH - 10, "ignore_eos": True, "stream": True}
     running = urllib.request.urlopen(server.request("POST", COMPLETIONS, body), timeout=60)
     host, port = server.url.removeprefix("http://").split(":")
-    waiting = socket.create_connection((host, int(port)), timeout=60)
     data = json.dumps(body).encode()
     head = (
         f"POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer k\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(data)}\r\n\r\n"
     )
-    waiting.sendall(head.encode() + data)
+    waiting = [socket.create_connection((host, int(port)), timeout=60) for _ in range(2)]
+    for connection in waiting:
+        connection.sendall(head.encode() + data)
     time.sleep(0.5)
     status, answer = server.ask("POST", COMPLETIONS, {"prompt": "a"})
-    waiting.close()
+    for connection in waiting:
+        connection.close()
     running.close()
     assert (status, answer["error"]["type"], answer["error"]["code"]) == (503, "Service Unavailable", 503)
     deadline = time.monotonic() + 20
