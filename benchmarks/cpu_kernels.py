@@ -1,9 +1,11 @@
-"""Times the C++ kernels against the plain torch bodies: `python benchmarks/cpu_kernels.py [--op linear] [--threads 2]`.
+"""Times the C++ kernels against the plain torch bodies.
 
-Both bodies of an op take turns in one run. Weights and caches rotate through more memory than the last-level cache holds,
-as they do in a decode step. Times are medians over the turns; `cpu` takes the processor time of all threads instead of
-the clock, divided by their number, for machines that others use too. GB/s counts weights and cached tokens once, GFLOP/s
-the multiplications and additions of the formula.
+    python benchmarks/cpu_kernels.py [--op linear] [--threads 2] [--dtype bfloat16]
+
+Both bodies of an op take turns in one run. Weights and caches rotate through more memory than the last-level cache
+holds, as they do in a decode step. Times are medians over the turns; `--clock cpu` takes the processor time of all
+threads, divided by their number, instead of the time on the wall, for machines that others use too. GB/s counts weights
+and cached tokens once, GFLOP/s the multiplications and additions of the formula.
 """
 
 from __future__ import annotations
@@ -163,20 +165,21 @@ CASES = {
 def measure(case: Case, own: OpTable, seconds: float, clock: Callable[[], float], threads: int) -> tuple[float, float]:
     """Median seconds of the own and of the plain body, which take turns for about `seconds`."""
     times: tuple[list[float], list[float]] = ([], [])
-    case.call(own, 0), case.call(PLAIN, 1)
+    for turn, table in enumerate((own, PLAIN)):
+        case.call(table, turn)
     end = time.perf_counter() + seconds
     for turn in itertools.count():
         if turn >= 3 and time.perf_counter() > end:
             break
-        for table, taken in zip((own, PLAIN), times, strict=True):
+        for place, (table, taken) in enumerate(zip((own, PLAIN), times, strict=True)):
             start = clock()
-            case.call(table, turn)
+            case.call(table, 2 * turn + place)  # what the other one just read is in the cache
             taken.append((clock() - start) / threads)
     return statistics.median(times[0]), statistics.median(times[1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Times the C++ kernels against the plain torch bodies.")
     parser.add_argument("--op", choices=CASES, action="append", help="default: all")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="tokens or requests per call")

@@ -89,7 +89,8 @@ class EngineArgs:
     )
     max_cudagraph_capture_size: int | None = _arg(None, "largest default batch size to make a graph for", size=True)
     compilation_config: dict[str, Any] = _arg(
-        {}, "JSON in vLLM's spelling: mode, cudagraph_mode, cudagraph_capture_sizes, max_cudagraph_capture_size",
+        {}, "JSON in vLLM's spelling: mode, cudagraph_mode, cudagraph_capture_sizes, max_cudagraph_capture_size, and "
+        "cache_dir, where compiled graphs are kept",
         json=True,
     )  # fmt: skip
     require_graph: bool = _arg(False, "start only when every graph is there, and fail if one cannot be made")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 BACKEND_VARIABLE = "OMNI_ENGINE_GRAPH_BACKEND"  # the backend that auto stands for
@@ -15,7 +16,7 @@ CPU_GEARS = (1, 4, 8, 16, 32, 64)
 MAX_CPU_GEARS = 6
 GPU_GEARS = (1, 2, 4, *range(8, 257, 8))
 MAX_GEAR = 4096
-_KEYS = ("mode", "level", "cudagraph_mode", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
+_KEYS = ("mode", "level", "cudagraph_mode", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "cache_dir")
 _CUDAGRAPH_MODES = ("NONE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
 
 
@@ -39,6 +40,7 @@ class GraphChoice:
     gears: tuple[int, ...] | None  # None: the device's default
     largest: int | None
     required: bool
+    cache_dir: Path | None = None  # where compiled graphs are kept; None: in the usual cache folder
 
 
 def choose_graphs(args: GraphArgs) -> GraphChoice:
@@ -65,6 +67,9 @@ def choose_graphs(args: GraphArgs) -> GraphChoice:
         largest = config.get("max_cudagraph_capture_size")
     if largest is not None and (isinstance(largest, bool) or not isinstance(largest, int) or largest < 1):
         raise ValueError(f"max_cudagraph_capture_size must be a positive integer: {largest}")
+    cache_dir = config.get("cache_dir") or None
+    if cache_dir is not None and not isinstance(cache_dir, str):
+        raise ValueError(f"compilation_config.cache_dir must be the path of a folder: {cache_dir}")
     backend = args.graph_backend
     if backend == "auto":
         backend = os.environ.get(BACKEND_VARIABLE) or "auto"
@@ -84,6 +89,7 @@ def choose_graphs(args: GraphArgs) -> GraphChoice:
         gears=None if sizes is None else _check_gears(sizes),
         largest=largest,
         required=args.require_graph,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
     )
 
 

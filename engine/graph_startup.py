@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -38,7 +39,8 @@ def start_graphs(config: EngineConfig, runner: ModelRunner, shape: GraphShape) -
         _bind_kernels(runner)
     elif device.type == "cuda":
         runner.model.ops.table = cuda_table()
-    chosen = resolve_graphs(choose_graphs(config.args), device.type, shape.max_num_seqs)
+    choice = choose_graphs(config.args)
+    chosen = resolve_graphs(choice, device.type, shape.max_num_seqs)
     if not chosen.gears:
         return
     if chosen.backend == "eager":
@@ -47,7 +49,7 @@ def start_graphs(config: EngineConfig, runner: ModelRunner, shape: GraphShape) -
         runner.graphs.use(CudaGraphs(), chosen.gears)
     else:
         try:
-            cache = GraphCache()
+            cache = GraphCache(choice.cache_dir)
             backend = InductorGraphs(_supply_plan(config, shape, cache), cache, required=chosen.required)
         except (GraphCacheError, KernelsUnavailable, OSError) as error:
             if chosen.required:
@@ -55,6 +57,12 @@ def start_graphs(config: EngineConfig, runner: ModelRunner, shape: GraphShape) -
             logger.warning("there will be no compiled graphs, steps run eager: %s", error)
             return
         runner.graphs.use(backend, chosen.gears)
+
+
+def build_kernels() -> None:
+    """Build the C++ kernels now if there are none yet, so that an engine that is loaded next has them at once."""
+    with contextlib.suppress(KernelsUnavailable):  # whose engines say so
+        cpu_table()
 
 
 def _bind_kernels(runner: ModelRunner) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,6 +27,7 @@ from .graph_runner import CaptureReport, GraphKey, GraphRunner
 from .graph_worker import WorkerAnswer, WorkerJob, WorkerRequest
 
 logger = logging.getLogger(__name__)
+SCRATCH_PREFIX = "omni-engine-compile-"  # of folders in the temporary one; the engine's process id follows
 
 
 class GraphError(ValueError):
@@ -119,7 +122,10 @@ class InductorGraphs:
         self.cache.check_folder()
         logger.info("compiling %d of %d graphs in the background; until then steps run eager", len(missing),
                     len(runner.keys))  # fmt: skip
-        with tempfile.TemporaryDirectory(prefix="omni-engine-compile-") as scratch:
+        _sweep_scratch()
+        with tempfile.TemporaryDirectory(
+            prefix=f"{SCRATCH_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True
+        ) as scratch:
             self._feed_worker(runner, missing, scratch)
 
     def _load(self, runner: GraphRunner, key: GraphKey, *, from_cache: bool) -> bool:
@@ -148,6 +154,7 @@ class InductorGraphs:
             "TORCHINDUCTOR_CACHE_DIR": scratch,
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "TMPDIR": scratch,
+            "PYTHONWARNINGS": "ignore::FutureWarning",  # of torch about itself
         }
         self._worker = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.graph_worker"],
@@ -180,6 +187,8 @@ class InductorGraphs:
 
     def _take(self, runner: GraphRunner, key: GraphKey, answer: WorkerAnswer, num_left: int) -> None:
         error = answer.error
+        if error is not None and answer.is_last:
+            raise GraphCacheError(error)
         if error is None and not self._load(runner, key, from_cache=False):
             error = self.errors.get(key, "it was removed from the cache before it could be loaded")
         if error is None:
@@ -188,6 +197,15 @@ class InductorGraphs:
         elif not self._stopping.is_set():
             self.errors[key] = error
             logger.warning("graph %s cannot be compiled, its steps run eager: %s", key, error)
+
+
+def _sweep_scratch() -> None:
+    """Remove what engines that were killed while they compiled have left."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
+        pid = folder.name.removeprefix(SCRATCH_PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if pid.isdecimal() and folder.stat().st_uid == os.geteuid() and not Path("/proc", pid).exists():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kill_group(worker: subprocess.Popen[bytes]) -> None:

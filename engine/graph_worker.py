@@ -41,11 +41,12 @@ class WorkerRequest(msgspec.Struct, frozen=True):
 
 
 class WorkerAnswer(msgspec.Struct, frozen=True):
-    """What became of a request; `error` is one line, or None."""
+    """What became of a request; `error` is one line, or None. `is_last`: the other graphs would fare no better."""
 
     key: tuple[int, int, str]
     seconds: float
     error: str | None = None
+    is_last: bool = False
 
 
 def work(job: WorkerJob, requests: Any, answer: Any) -> None:
@@ -54,7 +55,7 @@ def work(job: WorkerJob, requests: Any, answer: Any) -> None:
 
     from ..ops.compile import compile_package
     from .config import EngineArgs, EngineConfig
-    from .graph_cache import GraphCache
+    from .graph_cache import GraphCache, GraphCacheError
     from .graph_runner import GraphKey
     from .graph_startup import build_graph_shell
 
@@ -65,7 +66,7 @@ def work(job: WorkerJob, requests: Any, answer: Any) -> None:
         request = msgspec.json.decode(line, type=WorkerRequest)
         key = GraphKey(*request.key)
         start = time.monotonic()
-        error = None
+        error, is_last = None, False
         try:
             with cache.building(CacheKey(request.fields)) as found:
                 if found is None:
@@ -74,10 +75,12 @@ def work(job: WorkerJob, requests: Any, answer: Any) -> None:
                         compile_package(runner.program(key), runner.inputs(key), path, num_threads=job.num_threads)
 
                     cache.store(CacheKey(request.fields), build, {"model": job.args.get("model", "")})
+        except GraphCacheError as failure:  # a full disk, a folder that is not ours
+            error, is_last = str(failure), True
         except Exception as failure:  # one graph that cannot be must not cost the others
             logger.debug("graph %s", key, exc_info=True)
-            error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
-        answer(msgspec.json.encode(WorkerAnswer(request.key, time.monotonic() - start, error)) + b"\n")
+            error = f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
+        answer(msgspec.json.encode(WorkerAnswer(request.key, time.monotonic() - start, error, is_last)) + b"\n")
 
 
 def main() -> int:

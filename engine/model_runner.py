@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,10 +33,10 @@ class StepInput:
 class DispatchedStep:
     """A step that the device has been given; its output may not be there yet."""
 
-    def __init__(self, plan: StepPlan, rows: list[NewRow]) -> None:
+    def __init__(self, plan: StepPlan, entries: Sequence[int]) -> None:
         self.plan = plan
-        self.rows = rows  # of every entry that samples, whose row it is
-        self.entries: list[int] = []  # those that sample
+        self.entries = entries  # those that sample
+        self.rows: list[NewRow] = []  # whose rows those are; told only where the sampler keeps histories
         self.sampled: Sampled | None = None
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         self.output: StepOutput | None = None
@@ -84,13 +85,14 @@ class ModelRunner:
         """Take in the plan's changes, forward, sample, and leave the tokens where the next step finds them."""
         self._apply(plan)
         rows = np.asarray(plan.rows, np.int64)
-        entries = [entry for entry, samples in enumerate(plan.samples) if samples]
-        step = DispatchedStep(plan, [self.rows[plan.rows[entry]] for entry in entries])
-        step.entries = entries
         if plan.is_decode_only and not self._reports_prompt(plan):
+            step = DispatchedStep(plan, range(len(rows)))
             step.sampled = self._decode(plan, rows)
         else:
+            step = DispatchedStep(plan, [entry for entry, samples in enumerate(plan.samples) if samples])
             self._prefill(plan, rows, step)
+        if self.sampler.reads_history:
+            step.rows = [self.rows[plan.rows[entry]] for entry in step.entries]
         self._unread.append(step)
         return step
 
@@ -107,11 +109,12 @@ class ModelRunner:
         token_ids: list[list[int]] = [[] for _ in step.plan.rows]
         logprobs: dict[int, list[TokenLogprobs]] = {}
         if step.sampled is not None:
-            for entry, new, token_id in zip(step.entries, step.rows, step.sampled.token_ids.tolist(), strict=True):
+            sampled = step.sampled.token_ids.tolist()
+            for entry, token_id in zip(step.entries, sampled, strict=True):
                 token_ids[entry] = [token_id]
-                row = step.plan.rows[entry]
-                if self.sampler.extras and self.rows.get(row) is new:  # nobody else has the row by now
-                    self.sampler.append_history(row, token_id)
+            for index, new in enumerate(step.rows):
+                if self.rows.get(new.row) is new:  # nobody else has the row by now
+                    self.sampler.append_history(new.row, sampled[index])
             for index, value in step.sampled.read_logprobs().items():
                 logprobs[step.entries[index]] = [value]
         step.output = StepOutput(step.plan.step, token_ids, logprobs, step.prompt_logprobs)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .weights import LoadableModel, WeightSlot
+from .weights import LoadableModel
 
 CHUNK_ELEMENTS = 2**20
 # A prime, so that rows of no length begin at the same place of the block again before that many rows.
-PERIOD = 2_097_152
+PERIOD = 2_097_143
 FACTORS = 1 << 16
 
 

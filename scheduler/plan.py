@@ -1,6 +1,7 @@
 """The values that cross between scheduler and model runner: `StepPlan` down, `StepOutput` up.
 
-All are frozen, torch-free and msgpack-able, because this is where a process boundary may stand.
+All are frozen, torch-free and msgpack-able, because this is where a process boundary may stand. The garbage collector
+need not watch them: they hold plain values, and no cycle can run through them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs_start: int  # prompt positions before this one have been reported already
 
 
-class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one step computes. The lists from `rows` on are parallel, one entry per request of the step."""
 
     step: int
@@ -46,7 +47,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
         return all(self.samples) and all(count == 1 for count in self.num_tokens)
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log probabilities at one position: first the token itself, then the most likely ones, best first."""
 
     token_ids: list[int]
@@ -54,7 +55,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: int  # of the token itself, from 1
 
 
-class StepOutput(msgspec.Struct, frozen=True, array_like=True):
+class StepOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one step produced; keys and positions refer to entries of its plan."""
 
     step: int

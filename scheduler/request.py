@@ -31,7 +31,7 @@ class RequestStatus(IntEnum):
     FINISHED = 3
 
 
-class RequestUpdate(msgspec.Struct, frozen=True, omit_defaults=True):
+class RequestUpdate(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):  # in no cycle
     """What one step changed for one request: the scheduler's word to whoever answers the caller."""
 
     request_id: str

@@ -46,8 +46,12 @@ def compile_graphs(args: EngineArgs, *, as_json: bool, show_bar: bool) -> int:
 
     start = time.monotonic()
     with tqdm(desc="Compiling", unit="graph", disable=not show_bar) as bar:
+        shown: list[tuple[int, int, str]] = []
 
         def on_progress(done: int, total: int, current: str) -> None:
+            if shown[-1:] == [(done, total, current)] and not sys.stderr.isatty():
+                return  # a log file gets a line per change, a terminal its seconds
+            shown[:] = [(done, total, current)]
             bar.total = total
             bar.n = done
             bar.set_description(f"Compiling {current}" if current else "Compiled")

@@ -38,7 +38,7 @@ class Indexer(DeepseekV32Indexer):
             nn.init.normal_(projection.weight, 0, config.initializer_range)
         self.topk = self.index_topk
         self.mode: Literal["run", "learn", "measure"] = "run"
-        self.divergence: Tensor | None = None
+        self.divergence: Tensor
         self.shares: dict[str, float] = {}
         self.scores: Tensor
 

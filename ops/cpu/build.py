@@ -97,14 +97,19 @@ def is_built() -> bool:
     return is_whole(folder)
 
 
+def loaded() -> Loaded:
+    """The library in this process, loaded if it was not yet. Raises KernelsUnavailable."""
+    load_kernels()
+    assert _loaded is not None
+    return _loaded
+
+
 def describe() -> str:
     """One line: the instruction set and the library's path, or why there are no kernels."""
     try:
-        load_kernels()
+        return f"{loaded().form} ({loaded().path})"
     except KernelsUnavailable as error:
         return f"none: {error}"
-    assert _loaded is not None
-    return f"{_loaded.form} ({_loaded.path})"
 
 
 def chosen_form() -> str:

@@ -1,9 +1,9 @@
 """The C++ kernels with the names and signatures of the plain bodies.
 
 They take tensors on the CPU in float32, bfloat16 or float16, add up in float32, and read nothing that their result does
-not depend on. A row's result does not depend on the other rows of a call, nor on the number of threads; only `linear`
-and `routed_experts` hand large calls to the library, whose order of summation is its own. Importing this module loads the
-library: see `build.load_kernels` for what that can raise.
+not depend on. A row's result does not depend on the other rows of a call, nor on the number of threads; only large
+calls of `linear` and `routed_experts` go to the library where that is faster, and its order of summation is its own.
+Importing this module loads the library: see `build.load_kernels` for what that can raise.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import moe
 from . import build
 
-build.load_kernels()
-
+_FORM = build.loaded().form
 _ops = torch.ops.omni
+
+# Tokens per call and rows per expert from which AVX-512 machines leave experts to the library, whose kernels for many
+# rows are made for them. More tokens than a compiled graph has: the plain body cannot stand in one.
+_PREFILL_TOKENS, _PREFILL_ROWS = 512, 64
 
 
 @torch.library.register_fake("omni::linear")
@@ -85,4 +89,12 @@ def mla_decode_attention(
 
 def routed_experts(hidden: Tensor, weights: Tensor, expert_ids: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """As `ops.moe.routed_experts`."""
+    tokens, experts_per_token = expert_ids.shape
+    if (
+        tokens >= _PREFILL_TOKENS
+        and tokens * experts_per_token > _PREFILL_ROWS * gate_up.shape[0]
+        and (_FORM == "avx512_bf16" or (_FORM == "avx512" and hidden.dtype == torch.float32))
+        and hidden.dtype != torch.float16
+    ):
+        return moe.routed_experts(hidden, weights, expert_ids, gate_up, down)
     return _ops.routed_experts(hidden, weights, expert_ids, gate_up, down)

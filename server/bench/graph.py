@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,9 @@ def graph_parser() -> BenchParser:
     add("--num-layers", type=positive_int,
         help="build this many layers only, so that one layer of a large model can be timed at its width; "
         "implies --load-format dummy")  # fmt: skip
+    add("--cold", action="store_true",
+        help="compile the graphs anew, in a folder that is removed afterwards, and time eager steps meanwhile; "
+        "C++ kernels are taken from the usual cache folder")  # fmt: skip
     add("--output-json", metavar="FILE", help="save the result as JSON")
     add("--plot", metavar="FILE.svg", help="draw the time per step over the batch size, with the floor")
     add("--disable-tqdm", action="store_true", help="show no progress bar")
@@ -56,38 +62,68 @@ def run_graph(parser: BenchParser, arguments: argparse.Namespace) -> int:
         if getattr(arguments, "load_format", "dummy") != "dummy":
             parser.error(f"--num-layers needs --load-format dummy, a checkpoint has all: {arguments.load_format}")
         arguments.load_format = "dummy"
-    config = bench_config(arguments)
+    with contextlib.ExitStack() as stack:
+        folder = None
+        if arguments.cold:
+            # What was killed in the middle of a build may still be writing.
+            temporary = tempfile.TemporaryDirectory(prefix="omni-engine-cold-", ignore_cleanup_errors=True)
+            folder = stack.enter_context(temporary)
+        config = bench_config(arguments, folder)
+        result = _measure(config, arguments, stack)
+    print(graph_tables(result))
+    if arguments.output_json is not None:
+        write_json(arguments.output_json, result)
+    if arguments.plot is not None:
+        Path(arguments.plot).write_text(graph_plot(result), encoding="utf-8")
+    return 0
 
+
+def _measure(config: EngineConfig, arguments: argparse.Namespace, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Load the engine, wait for its graphs, time its steps: the result as JSON data. `stack` closes what was opened."""
     import torch
 
     from ...engine.core import EngineCore
+    from ...engine.graph_config import choose_graphs, resolve_graphs
+    from ...engine.graph_startup import build_kernels
     from ...engine.machine_rates import measure_machine_rates
+    from ...engine.startup import resolve_device
 
+    device = resolve_device(config.args.device)
+    chosen = resolve_graphs(choose_graphs(config.args), device.type, config.max_num_seqs(device.type))
+    if arguments.cold and (chosen.backend != "inductor" or not chosen.gears):
+        backend = chosen.backend if chosen.gears else "none"
+        raise ValueError(f"--cold is for graphs that are compiled, by the backend inductor; drop it for: {backend}")
+    if device.type == "cpu":
+        build_kernels()  # else the first steps would be of plain torch
     core = EngineCore.load(config)
-    device: torch.device = core.runner.device
+    stack.callback(core.close)
     graphs = core.runner.graphs
+    stack.callback(graphs.close)
     synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     keys = {size: graphs.key_for(size, arguments.sampler) for size in arguments.batch_sizes}
-    _wait_for_graphs(graphs, keys.values(), disable=arguments.disable_tqdm)
-    rates = measure_machine_rates(device, config.dtype)
     timed = TimedGraphs(graphs)
+
+    def make_loop(size: int) -> DecodeLoop:
+        return DecodeLoop(
+            core, timed, num_requests=size, context_len=arguments.context_len, max_steps=loop_steps(arguments),
+            sampler=arguments.sampler, enable_prefix_caching=config.args.enable_prefix_caching,
+            synchronize=synchronize,
+        )  # fmt: skip
+
+    compiling = _steps_until_compiled(timed, keys, make_loop, arguments)
+    rates = measure_machine_rates(device, config.dtype)
     results: list[dict[str, Any]] = []
     total = len(keys) * (arguments.num_steps_warmup + 2 * arguments.num_steps)
     with tqdm(total=total, unit="step", disable=arguments.disable_tqdm) as bar:
         for size, key in keys.items():
             bar.set_description(f"Batch size {size}")
-            loop = DecodeLoop(
-                core, timed, num_requests=size, context_len=arguments.context_len, max_steps=loop_steps(arguments),
-                sampler=arguments.sampler, enable_prefix_caching=config.args.enable_prefix_caching,
-                synchronize=synchronize,
-            )  # fmt: skip
             has_graph = key is not None and graphs.is_ready(key)
-            times, context_len = _time_gear(loop, timed, arguments, has_graph, bar)
+            times, context_len = _time_gear(make_loop(size), timed, arguments, has_graph, bar)
+            times = dataclasses.replace(times, compiling=compiling[size])
             cost = decode_cost(config.model, size, context_len, dtype=config.dtype)
             report = graphs.reports[key] if key is not None and has_graph else None
             results.append(graph_result(size, report, times, cost, floor_seconds(cost, rates)))
-    core.close()
-    result = {
+    return {
         "model_id": config.args.model,
         "num_layers": config.model.num_layers,
         "dtype": config.dtype,
@@ -98,21 +134,18 @@ def run_graph(parser: BenchParser, arguments: argparse.Namespace) -> int:
         "machine": dataclasses.asdict(rates),
         "results": results,
     }
-    print(graph_tables(result))
-    if arguments.output_json is not None:
-        write_json(arguments.output_json, result)
-    if arguments.plot is not None:
-        Path(arguments.plot).write_text(graph_plot(result), encoding="utf-8")
-    return 0
 
 
-def bench_config(arguments: argparse.Namespace) -> EngineConfig:
-    """The engine of the flags, made for these steps where they leave it open: gears, rows, lengths, KV blocks."""
+def bench_config(arguments: argparse.Namespace, graph_folder: str | None = None) -> EngineConfig:
+    """The engine of the flags, made for these steps where they leave it open: gears, rows, lengths, KV blocks. With
+    `graph_folder` the compiled graphs, and nothing else of the cache, are there."""
     args = engine_args(arguments)
     changes: dict[str, Any] = {}
     if arguments.num_layers is not None:
         changes["hf_overrides"] = {**args.hf_overrides, "num_hidden_layers": arguments.num_layers}
         args = dataclasses.replace(args, **changes)
+    if graph_folder is not None:
+        args = dataclasses.replace(args, compilation_config={**args.compilation_config, "cache_dir": graph_folder})
     length = arguments.context_len + loop_steps(arguments) + 2
     block_size = args.block_size or BLOCK_SIZE
     largest = max(arguments.batch_sizes)
@@ -141,18 +174,51 @@ def loop_steps(arguments: argparse.Namespace) -> int:
     return 2 * (arguments.num_steps_warmup + arguments.num_steps) + arguments.num_steps + SPARE_STEPS
 
 
-def _wait_for_graphs(graphs: Any, keys: Iterable[Any], *, disable: bool) -> None:
-    """Wait until the graphs are there, or until no more come; then the background is stopped, as it would be timed."""
-    wanted = [key for key in keys if key is not None]
-    with tqdm(total=len(wanted), desc="Graphs", unit="graph", disable=disable) as bar:
-        while graphs.backend is not None:
+def _steps_until_compiled(
+    timed: TimedGraphs,
+    keys: Mapping[int, Any],
+    make_loop: Callable[[int], DecodeLoop],
+    arguments: argparse.Namespace,
+) -> dict[int, list[StepTimes]]:
+    """Wait until the graphs of `keys` are there, or until no more come, then stop the background, as it would be timed.
+
+    Returns, by batch size, the eager steps that were made while graphs were being compiled: in turns, each of a new
+    loop, so that every batch size has steps beside every graph. After each turn comes a pause of the same length, as on
+    a machine whose cores are all busy with steps a process of the lowest priority gets nearly nothing done.
+    """
+    graphs = timed.graphs
+    steps: dict[int, list[StepTimes]] = {size: [] for size in keys}
+    wanted = list(dict.fromkeys(key for key in keys.values() if key is not None))
+    turns = itertools.cycle(keys)
+    timed.bypassed = True
+    with tqdm(total=len(wanted), desc="Graphs", unit="graph", mininterval=1, disable=arguments.disable_tqdm) as bar:
+
+        def is_waiting() -> bool:
             missing = [key for key in wanted if not graphs.is_ready(key)]
             bar.update(len(wanted) - len(missing) - bar.n)
-            if not missing or graphs.wait(0):
-                break
+            if graphs.backend is None or not missing or graphs.wait(0):
+                return False
             graphs.backend.demand(missing[0])
-            time.sleep(POLL_SECONDS)
-        graphs.close()
+            return True
+
+        pause_until = 0.0
+        while is_waiting():
+            # not compiling: loading what the cache has
+            if getattr(graphs.backend, "current", None) is None or time.perf_counter() < pause_until:
+                time.sleep(POLL_SECONDS)
+                continue
+            start = time.perf_counter()
+            size = next(turns)
+            loop = make_loop(size)
+            for index in range(arguments.num_steps_warmup + arguments.num_steps):
+                if not is_waiting():
+                    break
+                times = loop.step()
+                if index >= arguments.num_steps_warmup:
+                    steps[size].append(times)
+            pause_until = 2 * time.perf_counter() - start
+    graphs.close()
+    return steps
 
 
 def _time_gear(

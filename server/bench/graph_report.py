@@ -25,6 +25,7 @@ class GearTimes:
     eager: Sequence[StepTimes]
     graph: Sequence[StepTimes]
     engine_seconds: float  # per step, with the next one launched before the last one is read
+    compiling: Sequence[StepTimes] = ()  # eager steps while graphs were being compiled
 
 
 def graph_result(
@@ -45,6 +46,7 @@ def graph_result(
         },
         "eager_ms": _spread(times.eager),
         "graph_ms": _spread(times.graph) if times.graph else None,
+        "eager_while_compiling_ms": _spread(times.compiling) if times.compiling else None,
         "replay_ms": replay * 1e3,
         "engine_ms": times.engine_seconds * 1e3,
         "host_us": {
@@ -66,9 +68,10 @@ def graph_result(
 
 
 def _spread(steps: Sequence[StepTimes]) -> dict[str, float]:
-    """Of whole steps, in milliseconds."""
-    p10, median, p90 = np.percentile([step.total for step in steps], (10, 50, 90)) * 1e3
-    return {"median": float(median), "p10": float(p10), "p90": float(p90)}
+    """Of whole steps, in milliseconds, and how many they are."""
+    names = {"median": 50, "p10": 10, "p90": 90, "p99": 99, "max": 100}
+    values = np.percentile([step.total for step in steps], list(names.values())) * 1e3
+    return {**{name: float(value) for name, value in zip(names, values, strict=True)}, "num_steps": len(steps)}
 
 
 def graph_tables(result: dict[str, Any]) -> str:
@@ -90,6 +93,7 @@ def graph_tables(result: dict[str, Any]) -> str:
         + (", and StepInput includes choosing the tokens" if result["sampler"] == "split" else ""),
         *_table([{"batch": str(row["batch_size"])} | _host_row(row) for row in rows]),
     ]
+    lines += ["", _compiling_line(result), *_table([_compiling_row(row) for row in rows])]
     if any(row["graph"] for row in rows):
         lines += ["", *_table([_graph_row(row) for row in rows if row["graph"]])]
     return "\n".join(lines)
@@ -127,11 +131,37 @@ def _host_row(row: dict[str, Any]) -> dict[str, str]:
     return {label: f"{row['host_us'][name]:,.1f}" for name, label in _HOST_ROWS.items()}
 
 
+def _compiling_line(result: dict[str, Any]) -> str:
+    rows = result["results"]
+    if any(row["eager_while_compiling_ms"] for row in rows):
+        return "Eager steps, alone, and while a process of the lowest priority compiled the missing graphs"
+    graphs = [row["graph"] for row in rows if row["graph"]]
+    if result["backend"] != "inductor":
+        reason = f"in the background nothing is compiled for these graphs: {result['backend']}"
+    elif all(graph["from_cache"] for graph in graphs):
+        reason = "nothing had to be compiled, all graphs were in the cache (--cold compiles them anew)"
+    else:
+        reason = "the graphs were there before the first step could be made"
+    return f"Eager steps, alone; none while compiling: {reason if graphs else 'there are no graphs'}"
+
+
+def _compiling_row(row: dict[str, Any]) -> dict[str, str]:
+    cells = {"batch": str(row["batch_size"])}
+    for when, times in (("alone", row["eager_ms"]), ("compiling", row["eager_while_compiling_ms"])):
+        cells[f"steps {when}"] = "-" if times is None else str(times["num_steps"])
+        for name in ("median", "p99", "max"):
+            cells[f"{name} ms {when}"] = "-" if times is None else f"{times[name]:.3f}"
+    return cells
+
+
 def _graph_row(row: dict[str, Any]) -> dict[str, str]:
     graph = row["graph"]
+    cold = f"{graph['compile_seconds']:.1f}" if graph["compile_seconds"] else "-"
+    if graph["from_cache"]:
+        cold += " (manifest)" if graph["compile_seconds"] else " (in the cache)"
     return {
         "batch": str(row["batch_size"]),
-        "compile s": "in the cache" if graph["from_cache"] else f"{graph['compile_seconds']:.1f}",
+        "cold s": cold,
         "load or capture s": f"{graph['ready_seconds']:.2f}",
         "on disk MB": f"{graph['artefact_bytes'] / 1e6:.1f}",
     }

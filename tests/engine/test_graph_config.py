@@ -1,5 +1,7 @@
 """Which graphs the arguments ask for, and which are refused."""
 
+from pathlib import Path
+
 import pytest
 
 from omni_engine.engine.config import EngineArgs
@@ -41,6 +43,12 @@ def test_sizes_come_from_the_flag_before_the_config():
     assert resolve(max_cudagraph_capture_size=9).gears == (1, 4, 8, 9)
 
 
+def test_compiled_graphs_may_have_a_folder_of_their_own():
+    assert choose_graphs(EngineArgs("m")).cache_dir is None
+    assert choose_graphs(EngineArgs("m", compilation_config={"cache_dir": ""})).cache_dir is None  # vLLM's default
+    assert choose_graphs(EngineArgs("m", compilation_config={"cache_dir": "/x"})).cache_dir == Path("/x")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -51,6 +59,7 @@ def test_sizes_come_from_the_flag_before_the_config():
         ({"compilation_config": {"mode": 4}}, "mode must be 0"),
         ({"compilation_config": {"mode": True}}, "mode must be 0"),
         ({"compilation_config": {"cudagraph_mode": "PIECEWISE"}}, "must be one of NONE, FULL.*: PIECEWISE"),
+        ({"compilation_config": {"cache_dir": 4}}, "cache_dir must be the path of a folder: 4"),
         ({"compilation_config": {"use_inductor": True}}, "not supported: use_inductor"),
         ({"graph_backend": "torchair"}, r"omni-engine\[npu\].*: torchair"),
         ({"graph_backend": "npugraph_ex"}, r"omni-engine\[npu\].*: npugraph_ex"),

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
 import pytest
 
 from omni_engine import Engine, SamplingParams
-from omni_engine.engine.graph_supply import GraphError
+from omni_engine.engine.graph_supply import SCRATCH_PREFIX, GraphError, _sweep_scratch
 from omni_engine.ops.cache_folder import cache_root
+from omni_engine.ops.cpu.build import available, describe
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -105,6 +108,31 @@ def test_a_cache_that_is_no_folder_is_not_used(checkpoint, expected, cache, capl
     assert "no compiled graphs" in caplog.text
 
 
+@pytest.mark.full
+def test_a_full_disk_ends_the_compiling_and_costs_no_request(
+    compiler, checkpoint, expected, cache, monkeypatch, caplog
+):
+    """The limit on file sizes stands for the disk; the compiling process inherits it and the compiler's files are
+    smaller than the package."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with caplog.at_level(logging.WARNING):
+        engine = make_engine(checkpoint, cudagraph_capture_sizes=[1])
+        backend = engine._core.runner.graphs.backend
+        wait_for(lambda: backend._worker is not None)
+        resource.prlimit(backend._worker.pid, resource.RLIMIT_FSIZE, (4096, limit[1]))
+        assert engine._core.runner.graphs.wait(200)
+    assert tokens(engine) == expected
+    assert not engine._core.runner.graphs.reports
+    assert "steps run eager" in caplog.text
+    assert not list((cache / "graphs").glob("*/graph.pt2"))
+
+
+@pytest.fixture
+def compiler():
+    if not available():
+        pytest.skip(f"there are no C++ kernels: {describe()}")
+
+
 def wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -112,7 +140,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
 
 
-def test_the_end_of_the_compiling_process_is_told_and_costs_no_request(checkpoint, expected, cache, caplog):
+def test_the_end_of_the_compiling_process_is_told_and_costs_no_request(compiler, checkpoint, expected, cache, caplog):
     with caplog.at_level(logging.WARNING):
         engine = make_engine(checkpoint)
         backend = engine._core.runner.graphs.backend
@@ -123,7 +151,7 @@ def test_the_end_of_the_compiling_process_is_told_and_costs_no_request(checkpoin
     assert "the compiling process ended" in caplog.text
 
 
-def test_closing_an_engine_ends_its_compiling_process(checkpoint, cache):
+def test_closing_an_engine_ends_its_compiling_process(compiler, checkpoint, cache):
     engine = make_engine(checkpoint)
     backend = engine._core.runner.graphs.backend
     wait_for(lambda: backend.current is not None)
@@ -131,6 +159,19 @@ def test_closing_an_engine_ends_its_compiling_process(checkpoint, cache):
     engine.close()
     assert backend._worker.poll() is not None
     assert not list((cache / "graphs").glob(".tmp-*/graph.pt2"))
+
+
+def test_what_killed_engines_left_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (f"{SCRATCH_PREFIX}{dead.pid}-x", f"{SCRATCH_PREFIX}{os.getpid()}-y", "omni-engine-other"):
+        (tmp_path / name).mkdir()
+    _sweep_scratch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{SCRATCH_PREFIX}{os.getpid()}-y",
+        "omni-engine-other",
+    ]
 
 
 def test_the_graph_that_steps_ask_for_is_made_first(checkpoint, cache):
@@ -144,7 +185,7 @@ def test_the_graph_that_steps_ask_for_is_made_first(checkpoint, cache):
 
 
 @pytest.mark.full
-def test_an_altered_entry_is_compiled_again(checkpoint, expected, cache, caplog):
+def test_an_altered_entry_is_compiled_again(compiler, checkpoint, expected, cache, caplog):
     options = {"cudagraph_capture_sizes": [1], "require_graph": True}
     engine = make_engine(checkpoint, **options)
     assert engine._core.runner.graphs.backend.num_compiled == 3

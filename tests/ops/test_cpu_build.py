@@ -1,4 +1,4 @@
-"""Building, keeping and loading the C++ kernels: with a small library in their place, where the kernels do not matter."""
+"""Building, keeping and loading the C++ kernels: mostly with a small library in their place."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ def test_of_two_processes_one_builds_and_the_other_waits(answers: Path, tmp_path
     log = tmp_path / "log"
     real = build.find_compiler()[0]
     # slow, so that the second process comes while the first one builds; both start at the same moment
-    compiler.write_text(f'#!/bin/sh\ncase "$*" in *--version*) ;; *) echo "$*" >> {log}; sleep 0.5 ;; esac\nexec {real} "$@"\n')
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *--version*) ;; *) echo "$*" >> {log}; sleep 0.5 ;; esac\nexec {real} "$@"\n'
+    )
     compiler.chmod(0o755)
     code = (
         "import pathlib, sys, time\nfrom omni_engine.ops.cpu import build\nbuild.SOURCES = pathlib.Path(sys.argv[1])\n"
@@ -289,5 +291,7 @@ def test_wheel_and_sdist_have_the_sources(tmp_path: Path) -> None:
     assert {"binding.cpp", "tiles.h"} < names
     assert {file.name for file in (tmp_path / "lib/omni_engine/ops/cpu/csrc").iterdir()} == names
     (archive,) = (tmp_path / "dist").iterdir()
-    listed = subprocess.run(["tar", "-tf", str(archive)], capture_output=True, text=True, check=True).stdout.splitlines()
+    listed = subprocess.run(
+        ["tar", "-tf", str(archive)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert {Path(name).name for name in listed if "/ops/cpu/csrc/" in name and not name.endswith("/")} == names

@@ -254,7 +254,7 @@ def test_padding_rows_are_finite(own: OpTable, op: str) -> None:
 
 def test_attention_takes_split_queries_and_int64_indices(own: OpTable) -> None:
     paged = Paged(torch.float32, 2, (24, 24), LENS, 16)
-    query, key, _ = torch.randn(len(LENS), 4 * 24 + 2 * 24 + 5).split((96, 48, 5), dim=1)
+    query = torch.randn(len(LENS), 4 * 24 + 2 * 24).split((96, 48), dim=1)[0]
     arguments = (*paged.caches, paged.table, paged.lens, 0.2, None)
     expected = own.paged_decode_attention(query.reshape(-1, 4, 24).clone(), *arguments)
     assert torch.equal(own.paged_decode_attention(query.unflatten(1, (4, 24)), *arguments), expected)

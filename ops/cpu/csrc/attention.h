@@ -100,8 +100,8 @@ inline float soften(float* scores, int64_t count, float scale, float& maximum, f
   return shrink;
 }
 
-// Attention of every request, for a `Shape` that says what the keys and values of a unit of heads are: a KV head and the
-// query heads that share it, or some heads that read the same latents.
+// Attention of every request, for a `Shape` that says what the keys and values of a unit of heads are: a KV head and
+// the query heads that share it, or some heads that read the same latents.
 //
 // A row's context is cut into spans of Shape::kSpan tokens, whatever the number of rows or threads, so that its result
 // depends on the row alone. A task is one span of one request for some units; it goes through the span once, all units

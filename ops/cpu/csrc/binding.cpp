@@ -14,8 +14,8 @@
 #include "kernels.h"
 
 #if AT_PARALLEL_OPENMP
-// The entry that compilers emit for `#pragma omp parallel`; libgomp, libomp and libiomp5 all have it. Called by name, it
-// is found in the runtime that torch has loaded, whatever its file is called, and no second one is linked.
+// The entry that compilers emit for `#pragma omp parallel`; libgomp, libomp and libiomp5 all have it. Called by name,
+// it is found in the runtime that torch has loaded, whatever its file is called, and no second one is linked.
 extern "C" void GOMP_parallel(void (*body)(void*), void* context, unsigned threads, unsigned flags);
 #endif
 
@@ -256,7 +256,9 @@ const at::Tensor& tensor(AtenTensorHandle handle) {
   return *torch::aot_inductor::tensor_handle_to_tensor_pointer(handle);
 }
 
-void give(at::Tensor&& result, AtenTensorHandle* to) { *to = torch::aot_inductor::new_tensor_handle(std::move(result)); }
+void give(at::Tensor&& result, AtenTensorHandle* to) {
+  *to = torch::aot_inductor::new_tensor_handle(std::move(result));
+}
 
 }  // namespace
 

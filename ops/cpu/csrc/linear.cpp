@@ -104,14 +104,16 @@ void head_linear_of(const HeadLinear& problem) {
       float* scales = x_scratch.reserve<float>(rows * inputs);
       const T** pointers = pointers_scratch.reserve<const T*>(inputs);
       for (int64_t row = 0; row < rows; ++row)
-        for (int64_t k = 0; k < inputs; ++k) scales[row * inputs + k] = to_float(head_x[row * problem.x_row_stride + k]);
+        for (int64_t k = 0; k < inputs; ++k)
+          scales[row * inputs + k] = to_float(head_x[row * problem.x_row_stride + k]);
       for (int64_t k = 0; k < inputs; ++k) pointers[k] = head_weight + k * problem.weight_stride + begin;
       std::fill_n(sums, rows * width, 0.0f);
       weighted_sums<T>(pointers, inputs, width, scales, inputs, rows, sums, width);
     } else {
       const int64_t stride = staged_size<T>(inputs);
       Staged<T>* staged = x_scratch.reserve<Staged<T>>(rows * stride);
-      for (int64_t row = 0; row < rows; ++row) stage<T>(head_x + row * problem.x_row_stride, inputs, staged + row * stride);
+      for (int64_t row = 0; row < rows; ++row)
+        stage<T>(head_x + row * problem.x_row_stride, inputs, staged + row * stride);
       Ahead none;
       int64_t n = 0;
       for (; n + kTileRows <= width; n += kTileRows) {
@@ -140,7 +142,7 @@ void linear(const Linear& problem) {
 
 int64_t most_rows(Element element) {
   if (element == Element::kBFloat16 && kHasBFloat16Dot) return 64;
-  return element == Element::kFloat32 ? 32 : std::numeric_limits<int64_t>::max();
+  return element == Element::kFloat32 ? 64 : std::numeric_limits<int64_t>::max();
 }
 
 void head_linear(const HeadLinear& problem) {

@@ -7,8 +7,8 @@ namespace {
 
 constexpr int64_t kUnitHeads = 8;  // that read a block together; with 16 heads, two tasks keep two threads busy
 
-// A few neighbouring elements of a block of latents, put side by side as the multiplication takes them: all heads of the
-// group then read them from there. Without that, latents of a power of two in size fall onto the same cache lines.
+// A few neighbouring elements of a block of latents, put side by side as the multiplication takes them: all heads of
+// the unit then read them from there. Without that, latents of a power of two in size fall onto the same cache lines.
 template <class T>
 struct LatentPart {
   alignas(kLineBytes) float values[kBlock * kValueLanes];
@@ -22,7 +22,8 @@ struct LatentPart {
         store(to, widen(rows[row] + at));
         store(to + kLanes, widen(rows[row] + at + kLanes));
       } else {
-        for (int64_t index = 0; index < kValueLanes; ++index) to[index] = index < width ? to_float(rows[row][at + index]) : 0.0f;
+        for (int64_t index = 0; index < kValueLanes; ++index)
+          to[index] = index < width ? to_float(rows[row][at + index]) : 0.0f;
       }
     }
   }
@@ -38,8 +39,8 @@ struct LatentPart {
 };
 
 #if defined(__AVX512BF16__)
-// Pairs of tokens: one instruction multiplies and adds the elements of two. Weights are rounded to bfloat16, as the plain
-// body does.
+// Pairs of tokens: one instruction multiplies and adds the elements of two. Weights are rounded to bfloat16, as the
+// plain body does.
 template <>
 struct LatentPart<BFloat16> {
   static constexpr int64_t kPairs = kBlock / 2;
@@ -48,7 +49,7 @@ struct LatentPart<BFloat16> {
 
   LatentPart(const BFloat16* const* rows, int64_t count, int64_t at, int64_t rank) : pairs((count + 1) / 2) {
     const int64_t width = std::min(kValueLanes, rank - at);
-    alignas(kLineBytes) uint16_t order[2][kValueLanes];  // of 16 elements each: first of row 0, first of row 1, second …
+    alignas(kLineBytes) uint16_t order[2][kValueLanes];  // first of row 0, first of row 1, second of row 0, …
     for (int index = 0; index < kValueLanes; ++index) {
       order[0][index] = uint16_t(index / 2 + index % 2 * kValueLanes);
       order[1][index] = uint16_t(order[0][index] + kLanes);
@@ -144,7 +145,8 @@ struct LatentHeads {
   void stage_query(int64_t request, int64_t head, Staged<T>* to) const {
     const auto* latent = static_cast<const T*>(problem.query_latent);
     const auto* rope = static_cast<const T*>(problem.query_rope);
-    stage<T>(latent + request * problem.query_latent_stride + head * problem.query_latent_head_stride, problem.rank, to);
+    stage<T>(latent + request * problem.query_latent_stride + head * problem.query_latent_head_stride, problem.rank,
+             to);
     stage<T>(rope + request * problem.query_rope_stride + head * problem.query_rope_head_stride, problem.rope_dim,
              to + staged_size<T>(problem.rank));
   }

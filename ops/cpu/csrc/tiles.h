@@ -80,8 +80,8 @@ OMNI_INLINE void stage(const T* from, int64_t size, Staged<T>* to) {
 }
 
 template <class T, int kRows, int kColumns>
-OMNI_INLINE void dot_step(Floats (&sums)[kRows][kColumns], const T* const (&rows)[kRows], int64_t at, const Staged<T>* x,
-                          int64_t x_stride) {
+OMNI_INLINE void dot_step(Floats (&sums)[kRows][kColumns], const T* const (&rows)[kRows], int64_t at,
+                          const Staged<T>* x, int64_t x_stride) {
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, BFloat16>) {
     __m512i columns[kColumns];
@@ -139,8 +139,8 @@ struct Ahead {
 
 // sums[column * stride + row] = rows[row] . x[column], every one added up in the same order whatever the tile.
 template <class T, int kRows, int kColumns>
-OMNI_INLINE void dot_tile(const T* const (&rows)[kRows], const Staged<T>* x, int64_t x_stride, int64_t size, float* sums,
-                          int64_t stride, Ahead& ahead) {
+OMNI_INLINE void dot_tile(const T* const (&rows)[kRows], const Staged<T>* x, int64_t x_stride, int64_t size,
+                          float* sums, int64_t stride, Ahead& ahead) {
   constexpr int kStep = Staging<T>::kStep;
   constexpr int kLines = (kRows * kStep * sizeof(T) + kLineBytes - 1) / kLineBytes;
   Floats partial[kRows][kColumns] = {};

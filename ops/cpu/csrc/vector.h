@@ -1,6 +1,6 @@
 // Float vectors of the widest form the compiler was allowed, and the element types that are widened into them.
 //
-// One source for four forms, chosen by the compiler's flags: AVX-512 with bfloat16 dot products, AVX-512, AVX2 with FMA,
+// One source for four forms, chosen by the flags: AVX-512 with bfloat16 dot products, AVX-512, AVX2 with FMA,
 // and 16-byte vectors of the GCC/Clang extension, which is NEON on arm64 and SSE2 on x86-64.
 #pragma once
 

@@ -12,7 +12,7 @@ import pytest
 from omni_engine.engine.config import EngineArgs, EngineConfig
 from omni_engine.engine.decode_loop import SAMPLING, StepTimes
 from omni_engine.engine.floor import Floor, MachineRates, StepCost, decode_cost
-from omni_engine.server.bench.graph import bench_config, graph_parser, loop_steps
+from omni_engine.server.bench.graph import _steps_until_compiled, bench_config, graph_parser, loop_steps
 from omni_engine.server.bench.graph_report import GearTimes, graph_plot, graph_result, graph_tables
 from omni_engine.server.bench.host import host_result, host_table
 from omni_engine.server.cli import main
@@ -65,34 +65,158 @@ def test_what_cannot_be_measured_is_refused_with_the_remedy(path, capsys):
         assert answer in capsys.readouterr().err
 
 
-def test_figures_of_a_batch_size():
-    def steps(*totals):
-        return [StepTimes(0.001, 0.002, total - 0.006, 0.001, 0.001, 0.001) for total in totals]
+@pytest.mark.parametrize(("words", "backend"), [(["--graph-backend", "eager"], "eager"), (["--enforce-eager"], "none")])
+def test_cold_is_refused_where_nothing_is_compiled(path, capsys, words, backend):
+    words = [*words, "--batch-sizes", "1", "--context-len", "9", "--num-layers", "1", "--cold", "--device", "cpu"]
+    assert main(["bench", "graph", path, *words]) == 1
+    assert f"by the backend inductor; drop it for: {backend}" in capsys.readouterr().err
 
-    report = SimpleNamespace(from_cache=True, compile_seconds=30.0, seconds=1.5, num_bytes=7_000_000)
-    times = GearTimes(steps(0.2, 0.3, 0.4), steps(0.11, 0.1, 0.09), 0.08)
+
+def test_cold_graphs_have_a_folder_of_their_own_and_the_other_settings_stay(path):
+    arguments = graph_parser().parse([path, "--batch-sizes", "1", "--context-len", "9", "-cc", '{"mode": 3}'])
+    arguments.model, arguments.load_format = path, "dummy"
+    assert bench_config(arguments, "/x").args.compilation_config == {"mode": 3, "cache_dir": "/x"}
+    assert bench_config(arguments).args.compilation_config == {"mode": 3}
+
+
+class SlowGraphs:
+    """A runner's graphs whose backend loads for three questions, compiles for a number of steps each, and may fail."""
+
+    def __init__(self, *ready_after, fails=False):
+        self.ready_after = dict(enumerate(ready_after, start=1))  # batch size -> steps
+        self.fails = fails
+        self.num_steps = 0
+        self.demanded = []
+        self.closed = False
+        self.backend = SimpleNamespace(current=None, demand=self.demand)
+
+    def demand(self, key):
+        self.demanded.append(key)
+        if len(self.demanded) > 3:
+            self.backend.current = key
+
+    def is_ready(self, key):
+        return not self.fails and self.num_steps >= self.ready_after[key]
+
+    def wait(self, timeout):
+        return self.num_steps >= max(self.ready_after.values())
+
+    def close(self):
+        self.closed = True
+
+
+def until_compiled(graphs, *words):
+    arguments = graph_parser().parse(["m", "--disable-tqdm", *words])
+    timed = SimpleNamespace(graphs=graphs, bypassed=False)
+
+    def make_loop(size):
+        def step():
+            assert timed.bypassed and graphs.backend.current is not None
+            graphs.num_steps += 1
+            return size, graphs.num_steps
+
+        return SimpleNamespace(step=step)
+
+    return _steps_until_compiled(timed, {size: size for size in graphs.ready_after}, make_loop, arguments)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_batch_size_has_its_turn_while_graphs_are_compiled(fails):
+    graphs = SlowGraphs(2, 9, fails=fails)
+    steps = until_compiled(graphs, "--num-steps", "2", "--num-steps-warmup", "1")
+    # turns of three steps, of which the first is not counted; none after the last graph came, or could not be made
+    assert steps == {1: [(1, 2), (1, 3), (1, 8), (1, 9)], 2: [(2, 5), (2, 6)]}
+    assert graphs.closed and graphs.demanded[0] == 1 and (fails or graphs.demanded[-1] == 2)
+
+
+def test_no_step_counts_as_beside_a_compiler_when_the_cache_had_all():
+    graphs = SlowGraphs(0, 0)
+    assert until_compiled(graphs) == {1: [], 2: []}
+    assert graphs.closed and not graphs.demanded
+
+
+def steps_of(*totals):
+    return [StepTimes(0.001, 0.002, total - 0.006, 0.001, 0.001, 0.001) for total in totals]
+
+
+def report(*, from_cache, compile_seconds):
+    return SimpleNamespace(from_cache=from_cache, compile_seconds=compile_seconds, seconds=1.5, num_bytes=7_000_000)
+
+
+def whole(*results, backend="inductor"):
+    machine = {"device": "a CPU", "num_threads": 2, "bytes_per_second": 3e10, "flops_per_second": 4e11, "dtype": "b"}
+    return {
+        "model_id": "x/y", "num_layers": 2, "dtype": "b", "backend": backend, "sampler": "greedy",
+        "context_len": 64, "num_steps": 3, "machine": machine, "results": list(results),
+    }  # fmt: skip
+
+
+def figures(report, compiling=()):
+    times = GearTimes(steps_of(0.2, 0.3, 0.4), steps_of(0.1) if report else [], 0.08, compiling)
+    return graph_result(4, report, times, StepCost(1e9, 5e8, 0, 2e9), Floor(0.05, "memory", 0.05, 0.01, 0))
+
+
+def test_eager_steps_while_compiling_stand_beside_those_alone():
+    row = figures(report(from_cache=False, compile_seconds=31.0), steps_of(*[0.5] * 99, 0.9))
+    compiling = row["eager_while_compiling_ms"]
+    assert (compiling["num_steps"], compiling["median"], compiling["max"]) == pytest.approx((100, 500, 900))
+    assert row["eager_ms"]["max"] == pytest.approx(400)
+    text = graph_tables(whole(row))
+    assert "while a process of the lowest priority compiled the missing graphs" in text
+    (line,) = [line for line in text.splitlines() if "500.000" in line]
+    assert line.split() == ["4", "3", "300.000", "398.000", "400.000", "100", "500.000", "504.000", "900.000"]
+    assert "31.0 " in text and "manifest" not in text
+
+
+@pytest.mark.parametrize(
+    ("made", "backend", "reason"),
+    [
+        (report(from_cache=True, compile_seconds=31.0), "inductor", "all graphs were in the cache (--cold compiles"),
+        (report(from_cache=False, compile_seconds=31.0), "inductor", "were there before the first step"),
+        (report(from_cache=False, compile_seconds=0.0), "cudagraph", "nothing is compiled for these graphs: cudagraph"),
+        (None, "inductor", "none while compiling: there are no graphs"),
+    ],
+)
+def test_no_step_while_compiling_has_its_reason(made, backend, reason):
+    row = figures(made)
+    assert row["eager_while_compiling_ms"] is None
+    text = graph_tables(whole(row, backend=backend))
+    assert reason in text
+    (line,) = [line for line in text.splitlines() if "398.000" in line]
+    assert line.split()[-4:] == ["-"] * 4
+
+
+def test_a_graph_of_the_cache_tells_what_it_took_once():
+    assert "31.0 (manifest)" in graph_tables(whole(figures(report(from_cache=True, compile_seconds=31.0))))
+    assert "- (in the cache)" in graph_tables(whole(figures(report(from_cache=True, compile_seconds=0.0))))
+
+
+def test_figures_of_a_batch_size():
+
+    times = GearTimes(steps_of(0.2, 0.3, 0.4), steps_of(0.11, 0.1, 0.09), 0.08)
     cost = StepCost(1e9, 5e8, 0, 2e9)
-    result = graph_result(4, report, times, cost, Floor(0.05, "memory", 0.05, 0.01, 0))
+    made = report(from_cache=True, compile_seconds=30.0)
+    result = graph_result(4, made, times, cost, Floor(0.05, "memory", 0.05, 0.01, 0))
     assert result["graph"] == {
         "from_cache": True, "compile_seconds": 30.0, "ready_seconds": 1.5, "artefact_bytes": 7_000_000
     }  # fmt: skip
-    assert result["eager_ms"] == pytest.approx({"median": 300, "p10": 220, "p90": 380})
-    assert result["graph_ms"] == pytest.approx({"median": 100, "p10": 92, "p90": 108})
+    assert result["eager_ms"] == pytest.approx(
+        {"median": 300, "p10": 220, "p90": 380, "p99": 398, "max": 400, "num_steps": 3}
+    )
+    assert result["graph_ms"] == pytest.approx(
+        {"median": 100, "p10": 92, "p90": 108, "p99": 109.8, "max": 110, "num_steps": 3}
+    )
     assert result["replay_ms"] == pytest.approx(95)
     assert result["host_us"]["step_input"] == pytest.approx(2000)
     assert (result["gb_per_second"], result["gflop_per_second"]) == pytest.approx((15, 20))
     assert result["share_of_floor"] == pytest.approx(0.5)
     assert result["engine_share_of_floor"] == pytest.approx(0.625)
     assert result["tokens_per_second"] == pytest.approx(50)
-    machine = {"device": "a CPU", "num_threads": 2, "bytes_per_second": 3e10, "flops_per_second": 4e11, "dtype": "b"}
-    whole = {
-        "model_id": "x/y", "num_layers": 2, "dtype": "b", "backend": "inductor", "sampler": "greedy",
-        "context_len": 64, "num_steps": 3, "machine": machine, "results": [result],
-    }  # fmt: skip
-    text = graph_tables(whole)
+    text = graph_tables(whole(result))
     assert "a CPU, 2 threads: reads 30.0 GB/s, multiplies 400 GFLOP/s" in text
-    assert "100.000 (92.000..108.000)" in text and "50.000 memory" in text and "in the cache" in text
-    assert ">graph (inductor)</text>" in graph_plot(whole) and ">floor</text>" in graph_plot(whole)
+    assert "100.000 (92.000..108.000)" in text and "50.000 memory" in text
+    plot = graph_plot(whole(result))
+    assert ">graph (inductor)</text>" in plot and ">floor</text>" in plot
 
 
 def test_figures_without_a_graph_are_those_of_eager_steps():
