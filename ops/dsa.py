@@ -1,7 +1,7 @@
 """DeepSeek Sparse Attention: which tokens of a context the lightning indexer selects (DeepSeek-V3.2, arXiv:2512.02556).
 
-Attention itself stays that of `ops.mla`. A decode step runs it over pages of one token, those that were selected; a
-chunk of a prompt runs it under the mask of its selection. Where a context is no longer than the selection, every token
+Attention itself is that of `ops.mla`. A decode step runs it over pages of one token, those that were selected; a chunk
+of a prompt runs it under the mask of its selection. Where a context is no longer than the selection, every token
 is selected, and callers leave the indexer out.
 
 Scores tie often: ReLU leaves exact zeros. A tie breaks to the lower position, so that a selection depends neither on
@@ -10,10 +10,13 @@ the shapes of a step nor on the algorithm that finds it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .attention import decode_mask, gather_blocks
+from .mla import mla_decode_attention
 
 # Products of a chunk's heads with its context that are held at once: 2**24 float64 are 128 MiB.
 PRODUCTS_AT_ONCE = 2**24
@@ -121,6 +124,29 @@ def _selected(query: Tensor, head_weights: Tensor, own: Tensor, keys: Tensor, po
     scores = indexer_scores(query.unsqueeze(0), head_weights.unsqueeze(0), keys).squeeze(0)
     # The first tokens see fewer than `topk`: what fills up their selection is not theirs to see.
     return topk_mask(scores.masked_fill(~visible, float("-inf")), topk) & visible
+
+
+def sparse_mla_decode_attention(
+    query_latent: Tensor,
+    query_rope: Tensor,
+    latent_cache: Tensor,
+    rope_key_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    selected: Tensor,
+    scale: float,
+    attention: Callable[..., Tensor] = mla_decode_attention,
+) -> Tensor:
+    """Absorbed attention of one new token per request to the tokens that `lightning_indexer` selected.
+
+    As `mla_decode_attention`, which `attention` is a body of; selected int64 [requests, topk], whose first
+    min(topk, context_len) positions of each request are read -> [requests, heads, rank]. Mutates nothing.
+    """
+    slots = selected_slots(selected, block_table, latent_cache.shape[1])
+    lens = context_lens.clamp(max=selected.shape[1])
+    return attention(
+        query_latent, query_rope, pages_of_one(latent_cache), pages_of_one(rope_key_cache), slots, lens, scale
+    )
 
 
 def pages_of_one(cache: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
-from . import attention, mla, moe
+from . import attention, dsa, mla, moe
 from . import linear as plain_linear
 
 
@@ -19,6 +20,7 @@ class OpTable:
     head_linear: Callable[..., Tensor]
     paged_decode_attention: Callable[..., Tensor]
     mla_decode_attention: Callable[..., Tensor]
+    sparse_mla_decode_attention: Callable[..., Tensor]
     routed_experts: Callable[..., Tensor]
 
 
@@ -27,6 +29,7 @@ PLAIN = OpTable(
     head_linear=plain_linear.head_linear,
     paged_decode_attention=attention.paged_decode_attention,
     mla_decode_attention=mla.mla_decode_attention,
+    sparse_mla_decode_attention=dsa.sparse_mla_decode_attention,
     routed_experts=moe.routed_experts,
 )
 
@@ -56,5 +59,6 @@ def cpu_table() -> OpTable:
         head_linear=kernels.head_linear,
         paged_decode_attention=kernels.paged_decode_attention,
         mla_decode_attention=kernels.mla_decode_attention,
+        sparse_mla_decode_attention=partial(dsa.sparse_mla_decode_attention, attention=kernels.mla_decode_attention),
         routed_experts=kernels.routed_experts,
     )

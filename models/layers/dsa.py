@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ...ops.dsa import lightning_indexer, lightning_indexer_prefill, selected_slots, write_index_keys
+from ...ops.dsa import lightning_indexer, lightning_indexer_prefill, write_index_keys
 from ...ops.rope import rotate
 from ..config import IndexerConfig, MLAConfig, ModelConfig
 from ..forward_context import ForwardContext
@@ -98,12 +98,16 @@ class SparseMLAAttention(MLAAttention):
         if not sparse_decode and not sparse_prefill:
             return None
         query, weights = self.indexer.queries(hidden, low_rank, cos, sin)
-        slots = None
+        positions = None
         if sparse_decode:
-            table = context.block_table[:decoding]
-            lens = context.context_lens[:decoding]
-            selected = lightning_indexer(query[:decoding], weights[:decoding], index_key_cache, table, lens, self.topk)
-            slots = selected_slots(selected, table, block_size)
+            positions = lightning_indexer(
+                query[:decoding],
+                weights[:decoding],
+                index_key_cache,
+                context.block_table[:decoding],
+                context.context_lens[:decoding],
+                self.topk,
+            )
         masks = lightning_indexer_prefill(
             query[decoding:],
             weights[decoding:],
@@ -113,7 +117,7 @@ class SparseMLAAttention(MLAAttention):
             context.prefill_context_lens,
             self.topk,
         )
-        return Selection(slots, masks)
+        return Selection(positions, masks)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from super().weight_slots(prefix)

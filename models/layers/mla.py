@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...ops.dsa import pages_of_one
 from ...ops.mla import mla_prefill_attention, write_latent_cache
 from ...ops.rope import rotate
 from ..config import MLAConfig, ModelConfig
@@ -24,7 +23,7 @@ from .rope import mla_softmax_scale
 class Selection:
     """The tokens that attention reads where it is sparse."""
 
-    slots: Tensor | None  # int32 [decoding requests, topk], those of the context first; None: the whole context
+    positions: Tensor | None  # of the decoding requests: int64 [n, topk], as `lightning_indexer`; None: all
     masks: tuple[Tensor | None, ...]  # per prefilling request bool [query_len, context_len]; None: what came before
 
 
@@ -111,20 +110,18 @@ class MLAAttention(nn.Module):
         if decoding:
             key_up, value_up = self.up_projection.split((self.mla.qk_nope_head_dim, self.mla.v_head_dim), dim=1)
             ops = self.ops.table
-            latents, rope_keys = latent_cache, rope_key_cache
-            pages, lens = context.block_table[:decoding], context.context_lens[:decoding]
-            if selection is not None and selection.slots is not None:
-                latents, rope_keys = pages_of_one(latent_cache), pages_of_one(rope_key_cache)
-                pages, lens = selection.slots, lens.clamp(max=selection.slots.shape[1])
-            attended = ops.mla_decode_attention(
+            arguments = (
                 ops.head_linear(query_nope[:decoding], key_up, True),  # [n, heads, rank]
                 query_rope[:decoding],
-                latents,
-                rope_keys,
-                pages,
-                lens,
-                self.scale,
+                latent_cache,
+                rope_key_cache,
+                context.block_table[:decoding],
+                context.context_lens[:decoding],
             )
+            if selection is None or selection.positions is None:
+                attended = ops.mla_decode_attention(*arguments, self.scale)
+            else:
+                attended = ops.sparse_mla_decode_attention(*arguments, selection.positions, self.scale)
             outputs.append(ops.head_linear(attended, value_up))
         if context.prefill_query_lens:
             expanded = mla_prefill_attention(

@@ -13,13 +13,13 @@ from omni_engine.ops.dsa import (
     indexer_scores,
     lightning_indexer,
     lightning_indexer_prefill,
-    pages_of_one,
     selected_slots,
+    sparse_mla_decode_attention,
     topk_mask,
     true_positions,
     write_index_keys,
 )
-from omni_engine.ops.mla import mla_decode_attention, mla_prefill_attention
+from omni_engine.ops.mla import mla_prefill_attention
 
 BLOCK_SIZE, HEADS, DIM, TOPK = 4, 9, 10, 6
 CONTEXT_LENS = (5, 1, 23, 6, 17)
@@ -196,12 +196,10 @@ def test_sparse_decode_reads_the_selected_tokens_and_no_other() -> None:
     query_latent, query_rope = torch.randn(5, MAIN_HEADS, RANK), torch.randn(5, MAIN_HEADS, ROPE)
     lens = torch.tensor(CONTEXT_LENS, dtype=torch.int32)
     selected = lightning_indexer(query, weights, contexts.cache, contexts.table, lens, TOPK)
-    slots = selected_slots(selected, contexts.table, BLOCK_SIZE)
-    assert slots.shape == (5, TOPK) and slots.dtype == torch.int32
 
     def attend() -> Tensor:
-        pages = pages_of_one(latents), pages_of_one(rope_keys), slots, lens.clamp(max=TOPK)
-        return mla_decode_attention(query_latent, query_rope, *pages, SCALE)
+        caches = latents, rope_keys, contexts.table
+        return sparse_mla_decode_attention(query_latent, query_rope, *caches, lens, selected, SCALE)
 
     output = attend()
     unread = torch.ones(latents.shape[0] * BLOCK_SIZE, dtype=torch.bool)
@@ -226,13 +224,14 @@ def test_sparse_prefill_equals_sparse_decode() -> None:
     up = torch.randn(MAIN_HEADS, NOPE + VALUE, RANK)
     lens = torch.tensor(CONTEXT_LENS, dtype=torch.int32)
     selected = lightning_indexer(query, weights, contexts.cache, contexts.table, lens, TOPK)
-    attended = mla_decode_attention(
+    attended = sparse_mla_decode_attention(
         torch.einsum("rhn,hnl->rhl", query_nope, up[:, :NOPE]),
         query_rope,
-        pages_of_one(latents),
-        pages_of_one(rope_keys),
-        selected_slots(selected, contexts.table, BLOCK_SIZE),
-        lens.clamp(max=TOPK),
+        latents,
+        rope_keys,
+        contexts.table,
+        lens,
+        selected,
         SCALE,
     )
     ones = (1,) * len(CONTEXT_LENS)
