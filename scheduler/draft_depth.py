@@ -198,6 +198,7 @@ class _Trials:
         self._is_after_trial = True
         self._expected = recent.rate()
         if not self._num_steps:
+            self._credit -= self._num_unmeasured * median(recent.seconds)  # as if each had taken twice as long
             return
         seconds, rate = median_low(trial.seconds), recent.rate()
         # A single look may have been held up by something else.

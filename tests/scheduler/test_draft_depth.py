@@ -288,14 +288,58 @@ def test_a_step_whose_drafts_were_never_made_says_nothing_about_their_worth():
 
 
 def test_steps_that_are_no_measure_end_a_trial_in_time():
-    """Prompts in every step: nothing is learned, and the depth on trial is not kept for ever."""
-    policy = settled((0, 4), 32, 0)
+    """Prompts in nearly every step: little is learned, and the depth on trial is not kept for long."""
+    policy = DraftDepth((0, 4))
     seen = Counter()
     for step in range(3000):
         depth = policy.choose(32)
         seen[depth] += 1
-        policy.observe(32, depth, 0.0 if step % 500 > 20 else 0.01 * (1 + depth), 32)
-    assert seen[4] < 200
+        policy.observe(32, depth, 0.0 if step % 50 else 0.01 * (1 + depth), 32)
+    assert 0 < seen[4] < 60
+
+
+@pytest.mark.parametrize(("gain", "switches"), [(0.95, False), (1.01, False), (1.06, True)])
+def test_another_depth_must_be_better_by_more_than_chance(gain, switches):
+    policy = DraftDepth((0, 4))
+    made = 0
+    for _ in range(600):
+        depth = policy.choose(32)
+        policy.observe(32, depth, 0.02 / gain if depth else 0.01, 32 + (32 if made and depth else 0))
+        made = depth
+    assert policy._of_size[32].best == (4 if switches else 0)
+
+
+def test_a_look_that_is_held_up_does_not_put_off_the_next_one_for_long():
+    def looks(seconds: float) -> list[int]:
+        policy = DraftDepth((0, 4))
+        found = []
+        for step in range(12000):
+            depth = policy.choose(32)
+            if depth:
+                found.append(step)
+            took = 0.06 if step < 4000 else seconds  # 6 times as long as none: hopeless
+            policy.observe(32, depth, took if depth else 0.01, 32)
+        return found
+
+    assert len(looks(0.06)) > 20
+    assert looks(0.60) == looks(0.06)  # held up each time, and known to have been faster
+
+
+def test_when_the_best_depth_brings_much_less_the_others_are_tried_at_once():
+    policy = settled((0, 4), 32, 4)
+    made = 4
+    for _ in range(1000):  # until 0 has just been tried in vain
+        depth = policy.choose(32)
+        policy.observe(32, depth, 0.01, 32 * (1 + min(made, depth)))
+        if made == 0:
+            break
+        made = depth
+    assert made == 0 and policy.choose(32) == 4
+    chosen = []
+    for _ in range(60):  # now they are worth nothing, and dear
+        chosen.append(policy.choose(32))
+        policy.observe(32, chosen[-1], 0.03 if chosen[-1] else 0.01, 32)
+    assert Counter(chosen)[0] > 10
 
 
 def test_a_depth_that_is_never_given_ends_its_trial():

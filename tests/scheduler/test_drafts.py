@@ -211,6 +211,15 @@ def test_drafts_keep_nobody_out(policy):
     assert scheduler.schedule().num_tokens == ([1, 2, 2] if policy == "fcfs" else [5])
 
 
+def test_a_prompt_that_takes_all_tokens_leaves_no_empty_entry_behind_it():
+    scheduler = make(Scripted((0, 2, 4), 4), max_num_batched_tokens=9, long_prefill_token_threshold=7)
+    add(scheduler, "a", 20)
+    add(scheduler, "b", 20)
+    assert [scheduler.schedule().num_tokens for _ in range(2)] == [[7, 2], [7, 2]]
+    scheduler.config = SchedulerConfig(4, 4, 64)  # as if "a" had more to come than a step holds
+    assert scheduler.schedule().num_tokens == [4]
+
+
 def test_drafts_go_on_where_nobody_could_come_in():
     scheduler = make(Scripted((0, 4), 4), max_num_batched_tokens=5, max_num_seqs=1)
     add(scheduler, "a", 2)

@@ -276,7 +276,7 @@ class Run:
     def plan(self) -> bool:
         plan = self.scheduler.schedule()
         self.scheduler.check_integrity()
-        assert sum(plan.num_tokens) <= self.scheduler.config.max_num_batched_tokens
+        assert sum(plan.num_tokens) <= self.scheduler.config.max_num_batched_tokens and 0 not in plan.num_tokens
         assert plan.num_drafts in (0, *(self.depth.depths if self.depth else ()))
         if isinstance(self.depth, ChangingDepth):
             assert plan.num_drafts <= self.depth.chosen or not plan.rows
