@@ -315,9 +315,11 @@ class AsyncEngine:
     def _take_info(self, info: CoreInfo) -> None:
         self._inputs = self._loaded_front.input_processor(info.max_model_len)
         if self._metrics is None and not self.args.disable_log_stats:
+            speculation = self.config.speculation
             self._metrics = EngineMetrics(
-                self.metrics_registry, self.served_model_name, info.max_model_len, cache_config(self.args, info)
-            )
+                self.metrics_registry, self.served_model_name, info.max_model_len, cache_config(self.args, info),
+                num_drafts=0 if speculation is None else speculation.choice.num_drafts,
+            )  # fmt: skip
         self._tell_start(info)
         self._ready.set()
 

@@ -16,7 +16,7 @@ from ..models.generation_config import extra_eos_token_ids, sampling_defaults
 from ..models.speculation import check_multi_token_prediction
 from ..scheduler.sampling_params import SamplingParams
 from .graph_config import GRAPH_BACKENDS, choose_graphs
-from .speculation import Speculation, check_draft_model, choose_speculation
+from .speculation import Speculation, check_draft_model, choose_speculation, with_shorthands
 
 logger = logging.getLogger(__name__)
 DEMO_MODEL = Path(__file__).parents[1] / "models" / "demo" / "deepseek"
@@ -98,12 +98,15 @@ class EngineArgs:
     )  # fmt: skip
     require_graph: bool = _arg(False, "start only when every graph is there, and fail if one cannot be made")
     async_scheduling: bool = _arg(True, "plan and launch the next step before the tokens of the last one are read")
-    speculative_config: dict[str, Any] = _arg(
+    speculative_config: dict[str, Any] | None = _arg(
         {}, "JSON in vLLM's spelling: method (mtp, ngram, draft_model), num_speculative_tokens, model, "
         "prompt_lookup_min, prompt_lookup_max; and adaptive_depth, whether steps may verify fewer drafts where that "
         "pays (true)",
         json=True,
     )  # fmt: skip
+    spec_method: str | None = _arg(None, "short for method in speculative_config")
+    spec_model: str | None = _arg(None, "short for model in speculative_config: the draft model's checkpoint")
+    spec_tokens: int | None = _arg(None, "short for num_speculative_tokens in speculative_config")
     trust_remote_code: bool = _arg(False, "for compatibility: code of a checkpoint is never run, trusted or not")
     tokenizer_mode: str = _arg(
         "auto", "deepseek_v32: write conversations in that model's built-in chat format, whatever template there is",
@@ -135,6 +138,9 @@ class EngineArgs:
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1]: {self.gpu_memory_utilization}")
         choose_graphs(self)
+        self.speculative_config = with_shorthands(
+            self.speculative_config, method=self.spec_method, model=self.spec_model, num_drafts=self.spec_tokens
+        )
         choose_speculation(self.speculative_config)
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if getattr(self, name) != 1:

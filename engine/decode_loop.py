@@ -17,6 +17,7 @@ import numpy as np
 
 from ..kvcache.manager import KVCacheManager
 from ..scheduler.config import SchedulerConfig
+from ..scheduler.draft_depth import DraftDepth
 from ..scheduler.plan import StepOutput, StepPlan
 from ..scheduler.request import RequestInput
 from ..scheduler.sampling_params import SamplingParams
@@ -58,18 +59,18 @@ class StepTimes:
 
 
 class TimedGraphs:
-    """Stands before a runner's graphs: times their call, and can send steps past them."""
+    """Stands before a runner's graphs: times their calls, and can send steps past them."""
 
     def __init__(self, graphs: GraphRunner) -> None:
         self.graphs = graphs
         self.bypassed = False  # run the steps eager
-        self.seconds = 0.0  # of the last call
+        self.seconds = 0.0  # of the calls so far: two in a step that ends at its logits and then drafts
 
     def replay(self, sampler: str, rows: np.ndarray, num_blocks: int, num_drafts: int = 0) -> Any:
         call = self.graphs.run_eager if self.bypassed else self.graphs.replay
         start = time.perf_counter()
         output = call(sampler, rows, num_blocks, num_drafts)
-        self.seconds = time.perf_counter() - start
+        self.seconds += time.perf_counter() - start
         return output
 
     def close(self) -> None:
@@ -77,9 +78,11 @@ class TimedGraphs:
 
 
 class DecodeLoop:
-    """`num_requests` requests with `context_len` stored tokens each, which decode at most `max_steps` tokens more.
+    """`num_requests` requests with `context_len` stored tokens each, which decode in at most `max_steps` steps.
 
     `core` is loaded and otherwise idle; its runner's graphs are timed by `graphs`; `synchronize` waits for its device.
+    Where the core speculates, every step verifies as many drafts as it ever may, and the contexts grow by what is
+    accepted. Drafts are the drafter's own, so of tokens that mean nothing few may be.
     """
 
     def __init__(
@@ -99,17 +102,18 @@ class DecodeLoop:
         self.core = core
         self.runner = runner
         self.graphs = graphs
-        self.context_len = context_len  # tokens stored before the next step
+        self.context_len: float = context_len  # tokens stored before the next step, on average with drafts
+        self.num_drafts = 0 if runner.drafting is None else runner.drafting.num_drafts
         self._synchronize = synchronize
         # A scheduler of its own, whose steps hold all prompts at once.
-        max_tokens = max_steps + 2
+        max_tokens = max_steps * (1 + self.num_drafts) + 2
         config = SchedulerConfig(
             max_num_seqs=num_requests,
-            max_num_batched_tokens=num_requests * context_len,
+            max_num_batched_tokens=num_requests * max(context_len, 1 + self.num_drafts),
             max_model_len=context_len + max_tokens,
         )
         kv = KVCacheManager(None, core.info.num_blocks, runner.block_size, enable_prefix_caching=enable_prefix_caching)
-        self.scheduler = Scheduler(config, kv)
+        self.scheduler = Scheduler(config, kv, DraftDepth((self.num_drafts,)) if self.num_drafts else None)
         random = np.random.default_rng(0)
         for index in range(num_requests):
             params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=index, **SAMPLING[sampler])
@@ -136,6 +140,7 @@ class DecodeLoop:
         """One step, read before it returns."""
         started = time.perf_counter()
         plan = self._schedule()
+        self.graphs.seconds = 0.0
         planned = time.perf_counter()
         pending = self.runner.dispatch(plan)
         dispatched = time.perf_counter()
@@ -145,7 +150,7 @@ class DecodeLoop:
         read = time.perf_counter()
         self.scheduler.update(plan, output)
         updated = time.perf_counter()
-        self.context_len += 1
+        self.context_len += sum(map(len, output.token_ids)) / len(output.token_ids)
         launch = self.graphs.seconds
         return StepTimes(
             schedule=planned - started,

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..models.tokenizer import Tokenizer
 from ..scheduler.request import RequestUpdate
 from ..scheduler.sampling_params import RequestOutputKind, SamplingParams, ValidationError
+from ..scheduler.scheduler import SchedulerStats
 from .config import EngineArgs, EngineConfig
 from .core import EngineCore
 from .errors import EngineDeadError
@@ -138,6 +139,10 @@ class Engine:
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False if running requests still hold some."""
         return self._core.reset_prefix_cache()
+
+    def stats(self) -> SchedulerStats:
+        """Queues and counters since the start, as of the last step."""
+        return self._core.stats()
 
     def close(self) -> None:
         """Finish the steps in flight and end what works in the background, such as the compiling of graphs."""

@@ -3,14 +3,15 @@
     floor = max(all bytes / bandwidth, all FLOP / peak) + communication that cannot hide
 
 Counted is what no implementation can leave out: every weight that the tokens touch, once; the stored KV that they
-attend to, once, and their own KV, written; the multiplications of projections, attention and head. Not counted is what
+attend to, once, and their own KV, written; the multiplications of projections, attention and head. Of a step that
+drafts, each pass of the drafter counts like that, since it begins with the token of the one before. Not counted is what
 a fused implementation keeps in registers and caches (activations, logits) and what is small beside it (norms, rotary
 embedding, softmax, sampling). A model that fits into the processor's own caches may therefore beat the floor of memory.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..kvcache.spec import DTYPE_BYTES
 from ..models.config import IndexerConfig, MLAConfig, ModelConfig, MoEConfig
@@ -44,6 +45,10 @@ class StepCost:
     @property
     def bytes(self) -> float:
         return self.weight_bytes + self.kv_bytes + self.other_bytes
+
+    def __add__(self, other: StepCost) -> StepCost:
+        """Of both, one after the other."""
+        return StepCost(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,48 @@ def decode_cost(
     )
 
 
+def prediction_cost(
+    config: ModelConfig,
+    num_requests: int,
+    context_len: float,
+    num_drafts: int,
+    num_accepted: float = 0.0,
+    *,
+    dtype: str | None = None,
+    kv_dtype: str | None = None,
+) -> StepCost:
+    """What the layer for multi-token prediction takes to draft `num_drafts` tokens behind a decode step with as many:
+    it takes in all the tokens of that step, and after the `num_accepted` (a mean will do) each draft but the last. A
+    pass of it reads the layer and, for one token per request, the model's head. Lengths and types as in `decode_cost`.
+    """
+    first = _prediction_pass(config, num_requests, context_len, 1 + num_drafts, dtype, kv_dtype)
+    newest = context_len + num_accepted + 1  # its position
+    later = (
+        _prediction_pass(config, num_requests, newest + place, 1, dtype, kv_dtype) for place in range(num_drafts - 1)
+    )
+    return sum(later, first)
+
+
+def draft_model_cost(
+    draft: ModelConfig,
+    num_requests: int,
+    context_len: float,
+    num_drafts: int,
+    num_accepted: float = 0.0,
+    *,
+    dtype: str | None = None,
+    kv_dtype: str | None = None,
+) -> StepCost:
+    """What a draft model takes to draft `num_drafts` tokens behind a decode step: a pass over two tokens, the newest
+    one and the one before, and one over each draft but the last. As in `prediction_cost` otherwise."""
+
+    def cost(stored: float, num_tokens: int) -> StepCost:
+        return _cost(draft, num_requests, stored, num_tokens, num_requests, dtype, kv_dtype, 0.0)
+
+    newest = context_len + num_accepted + 1
+    return sum((cost(newest + place, 1) for place in range(1, num_drafts)), cost(newest - 1, 2))
+
+
 def prefill_cost(
     config: ModelConfig,
     num_tokens: int,
@@ -126,10 +173,63 @@ def _cost(
     dtype = dtype or config.dtype
     size = DTYPE_BYTES[dtype]
     num_tokens = num_requests * tokens_per_request
+    layers = range(config.num_layers)
+    weight_bytes, flops = _layers_cost(config, layers, num_requests, context_len, tokens_per_request, size)
+    head = config.vocab_size * config.hidden_size
+    weight_bytes += size * (config.hidden_size + head)
+    flops += 2 * num_logits * head
+    return StepCost(
+        weight_bytes=weight_bytes,
+        kv_bytes=num_requests * _kv_bytes(config, layers, context_len, tokens_per_request, kv_dtype or dtype),
+        other_bytes=_embedding_bytes(config, num_tokens, size),
+        flops=flops,
+        communication_seconds=communication_seconds,
+    )
+
+
+def _prediction_pass(
+    config: ModelConfig,
+    num_requests: int,
+    context_len: float,
+    tokens_per_request: int,
+    dtype: str | None,
+    kv_dtype: str | None,
+) -> StepCost:
+    """One pass of the layer for multi-token prediction, the logits of one token of each request included."""
+    dtype = dtype or config.dtype
+    size = DTYPE_BYTES[dtype]
+    num_tokens = num_requests * tokens_per_request
+    layers = range(config.num_layers, config.num_layers + 1)
+    weight_bytes, flops = _layers_cost(config, layers, num_requests, context_len, tokens_per_request, size)
+    join, norms = 2 * config.hidden_size**2, 3 * config.hidden_size
+    head = config.vocab_size * config.hidden_size
+    return StepCost(
+        weight_bytes=weight_bytes + size * (join + norms + head),
+        kv_bytes=num_requests * _kv_bytes(config, layers, context_len, tokens_per_request, kv_dtype or dtype),
+        other_bytes=_embedding_bytes(config, num_tokens, size),
+        flops=flops + 2 * num_tokens * join + 2 * num_requests * head,
+    )
+
+
+def _embedding_bytes(config: ModelConfig, num_tokens: int, size: int) -> float:
+    """Of the rows that are read; a tied table has been read whole, as the head."""
+    return 0.0 if config.tie_word_embeddings else float(size * num_tokens * config.hidden_size)
+
+
+def _layers_cost(
+    config: ModelConfig,
+    layers: range,
+    num_requests: int,
+    context_len: float,
+    tokens_per_request: int,
+    size: int,
+) -> tuple[float, float]:
+    """(bytes of weights, FLOP) of some layers."""
+    num_tokens = num_requests * tokens_per_request
     attention = _attention_weights(config)
     norms = 2 * config.hidden_size
     weight_bytes = flops = 0.0
-    for layer in range(config.num_layers):
+    for layer in layers:
         attended = _attended(config, layer, context_len, tokens_per_request)
         moe = config.moe if config.moe is not None and layer in config.moe.layers else None
         mlp = _dense_weights(config) if moe is None else _shared_weights(config, moe)
@@ -147,17 +247,7 @@ def _cost(
             weight_bytes += size * expert * expected_experts(moe.num_experts, moe.experts_per_token, num_tokens)
             weight_bytes += ROUTER_BYTES * (router + bias)
             flops += 2 * num_tokens * (moe.experts_per_token * expert + router)
-    head = config.vocab_size * config.hidden_size
-    weight_bytes += size * (config.hidden_size + head)
-    flops += 2 * num_logits * head
-    return StepCost(
-        weight_bytes=weight_bytes,
-        kv_bytes=num_requests * _kv_bytes(config, context_len, tokens_per_request, kv_dtype or dtype),
-        # A tied table has been read whole, as the head.
-        other_bytes=0.0 if config.tie_word_embeddings else float(size * num_tokens * config.hidden_size),
-        flops=flops,
-        communication_seconds=communication_seconds,
-    )
+    return weight_bytes, flops
 
 
 @dataclass(frozen=True)
@@ -265,12 +355,15 @@ def _attention_flops(config: ModelConfig, context_len: float, num_tokens: int, a
     return min(absorbed, expanded)
 
 
-def _kv_bytes(config: ModelConfig, context_len: float, num_tokens: int, kv_dtype: str) -> float:
-    """Of one request: stored tokens read once for all heads and all new tokens, and the new tokens written."""
+def _kv_bytes(config: ModelConfig, layers: range, context_len: float, num_tokens: int, kv_dtype: str) -> float:
+    """Of one request and these layers: stored tokens read once for all heads and all new tokens, and the new tokens
+    written."""
     elements = 0.0
-    for group in kv_cache_spec(config, ParallelLayout(), kv_dtype).groups:
+    for group in kv_cache_spec(config, ParallelLayout(), kv_dtype, num_extra_layers=config.num_mtp_layers).groups:
         per_layer = sum(part.heads * part.dim for part in group.parts)
         for layer in group.layers:
+            if layer not in layers:
+                continue
             window = _window(config, layer)
             read = context_len if window is None else min(context_len, window - 1)
             elements += per_layer * (read + num_tokens)
@@ -284,4 +377,4 @@ def _window(config: ModelConfig, layer: int) -> int | None:
     """How many tokens a token attends to at most, itself included; None: all."""
     if config.indexer is not None:
         return config.indexer.topk
-    return config.sliding_windows[layer] if config.sliding_windows else None
+    return config.sliding_windows[layer] if layer < len(config.sliding_windows) else None

@@ -131,8 +131,10 @@ class GraphRunner:
         return [GraphKey(gear, 1 + depth, part) for part in parts for depth in reversed(depths) for gear in self.gears]
 
     def key_for(self, num_requests: int, sampler: str, num_drafts: int = 0) -> GraphKey | None:
-        """The graph for a decode step of so many rows; None: larger than every gear."""
-        for gear in self.gears:
+        """The graph for a decode step of so many rows; None: more than every gear has, or not a depth there are graphs
+        for, which is asked for where a step has no room for all drafts."""
+        depths = (0,) if self.drafting is None else self.drafting.depths
+        for gear in self.gears if num_drafts in depths else ():
             if gear >= num_requests:
                 return GraphKey(gear, 1 + num_drafts, sampler)
         return None

@@ -6,6 +6,7 @@ answers with a line on standard output. It ends with its input. It holds no weig
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -88,6 +89,8 @@ def main() -> int:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(LOWEST_PRIORITY)
+    with contextlib.suppress(OSError):  # a session is scheduled as a group, which has a niceness of its own
+        Path("/proc/self/autogroup").write_text(str(LOWEST_PRIORITY))
     # Whatever the libraries print belongs to the log, not among the answers.
     answers = os.dup(1)
     os.dup2(2, 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from ..scheduler.draft_stats import DraftStats
 from ..scheduler.request import RequestInput, RequestUpdate
 from ..scheduler.scheduler import SchedulerStats
 
@@ -58,13 +59,21 @@ class EngineMetrics:
     The prompt of a sequence counts when it gets its first token, cached part included. So N requests of P prompt and G
     output tokens come to exactly N·P prompt tokens, N first tokens, N·(G−1) intervals between tokens, and N·(P+G)
     tokens over all steps. A sequence that was aborted counts in request_success and in no histogram over requests.
+
+    `num_drafts` is the most tokens that are drafted at once; without speculation, 0, there are no metrics about drafts.
     """
 
     def __init__(
-        self, registry: CollectorRegistry, model_name: str, max_model_len: int, cache_config: Mapping[str, Any]
+        self,
+        registry: CollectorRegistry,
+        model_name: str,
+        max_model_len: int,
+        cache_config: Mapping[str, Any],
+        num_drafts: int = 0,
     ) -> None:
         self._sequences: dict[str, _Sequence] = {}
         self._seen: dict[str, int] = {}  # the scheduler's counters as of its last snapshot
+        self._seen_drafts: DraftStats | None = None
         make = _Maker(registry, {"model_name": model_name, "engine": ENGINE_INDEX})
         self._running = make.gauge("num_requests_running", "Requests in the batch.")
         self._waiting = make.gauge("num_requests_waiting", "Requests that wait to be scheduled.")
@@ -91,6 +100,7 @@ class EngineMetrics:
                 ("num_preemptions", "Requests that had to give up their KV blocks and start over."),
             )
         }
+        self._drafts = _DraftMetrics(make, num_drafts) if num_drafts else None
         self._rejections = Counter(
             "vllm:admission_rejections", "Requests refused (503) because too many waited.", ("model_name", "reason"),
             registry=registry,
@@ -180,6 +190,7 @@ class EngineMetrics:
     def core_lost(self) -> None:
         """Nothing runs or waits any more; whatever did has failed. A new core counts from 0."""
         self._seen.clear()
+        self._seen_drafts = None
         for core_id in list(self._sequences):
             self.end(core_id, "error")
         for gauge in (self._running, self._waiting, self._waiting_for_capacity, self._cache_usage):
@@ -213,6 +224,9 @@ class EngineMetrics:
             value: int = getattr(stats, name)
             counter.inc(value - self._seen.get(name, 0))
             self._seen[name] = value
+        if self._drafts is not None and stats.drafts is not None:
+            self._drafts.count(stats.drafts.since(self._seen_drafts))
+            self._seen_drafts = stats.drafts
 
     def _observe(self, sequence: _Sequence) -> None:
         """The histograms over finished requests."""
@@ -231,6 +245,26 @@ class EngineMetrics:
         self._request_preemptions.observe(sequence.num_preemptions)
         if sequence.max_tokens is not None:
             self._request_max_tokens.observe(sequence.max_tokens)
+
+
+class _DraftMetrics:
+    """The counters of speculation."""
+
+    def __init__(self, make: _Maker, num_drafts: int) -> None:
+        self._drafts = make.counter("spec_decode_num_drafts", "Drafted continuations that were verified.")
+        self._tokens = make.counter("spec_decode_num_draft_tokens", "Tokens that were drafted and verified.")
+        self._accepted = make.counter("spec_decode_num_accepted_tokens", "Drafted tokens that were accepted.")
+        at_position = make.counters(
+            "spec_decode_num_accepted_tokens_per_pos", "Accepted tokens by place in their continuation.", "position"
+        )
+        self._positions = [at_position(str(position)) for position in range(num_drafts)]
+
+    def count(self, new: DraftStats) -> None:
+        self._drafts.inc(new.num_drafts)
+        self._tokens.inc(new.num_draft_tokens)
+        self._accepted.inc(new.num_accepted_tokens)
+        for counter, accepted in zip(self._positions, new.num_accepted_per_position, strict=True):
+            counter.inc(accepted)
 
 
 class _Maker:

@@ -31,6 +31,8 @@ class _Sequence:
     cumulative_logprob: float | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    num_draft_tokens: int = 0  # as the scheduler has told so far
+    num_accepted_tokens: int = 0
     # What the last output has told already, for DELTA.
     told_tokens: int = 0
     told_text: int = 0
@@ -98,6 +100,13 @@ class RequestState:
             self.num_cached_tokens = update.num_cached_tokens
         if update.new_token_ids:
             self._note_times(update)
+        if update.num_draft_tokens:
+            self.stats.num_draft_tokens += update.num_draft_tokens - sequence.num_draft_tokens
+            self.stats.num_accepted_tokens += update.num_accepted_tokens - sequence.num_accepted_tokens
+            sequence.num_draft_tokens, sequence.num_accepted_tokens = (
+                update.num_draft_tokens,
+                update.num_accepted_tokens,
+            )
         stopped = self._append_tokens(sequence, update)
         if not stopped and update.finish_reason is not None:
             sequence.finish_reason, sequence.stop_reason = update.finish_reason, update.stop_reason

@@ -16,7 +16,8 @@ class Logprob(NamedTuple):
 
 @dataclass(slots=True)
 class RequestStats:
-    """Times of one request: `arrival_time` is wall-clock seconds, the `_ts` values are monotonic seconds."""
+    """Times and counts of one request: `arrival_time` is wall-clock seconds, the `_ts` values are monotonic seconds;
+    what is counted is of its n sequences together, but for the preemptions, which are the most of any."""
 
     arrival_time: float = 0.0
     queued_ts: float = 0.0
@@ -25,6 +26,8 @@ class RequestStats:
     last_token_ts: float = 0.0
     num_generation_tokens: int = 0
     num_preemptions: int = 0
+    num_draft_tokens: int = 0  # of speculation: tokens that were drafted for it and verified
+    num_accepted_tokens: int = 0  # those of them that became its tokens
 
     @property
     def first_token_latency(self) -> float:

@@ -10,13 +10,18 @@ from ..models.checkpoint import Checkpoint
 from ..models.config import ModelConfig
 
 METHODS = ("mtp", "ngram", "draft_model")
-# vLLM's older names of multi-token prediction, one for each family
-_MTP_NAMES = ("deepseek_mtp", "glm4_moe_mtp")
+# vLLM's older names of multi-token prediction, one for each family; whether a model has such a layer is checked later
+_MTP_NAMES = (
+    "deepseek_mtp", "ernie_mtp", "exaone_moe_mtp", "glm4_moe_lite_mtp", "glm4_moe_mtp", "glm_ocr_mtp",
+    "longcat_flash_mtp", "mimo_mtp", "nemotron_h_mtp", "pangu_ultra_moe_mtp", "qwen3_5_mtp", "qwen3_next_mtp",
+    "step3p5_mtp",
+)  # fmt: skip
 _KEYS = (
     "method", "num_speculative_tokens", "model", "revision", "prompt_lookup_max", "prompt_lookup_min", "adaptive_depth",
     "draft_tensor_parallel_size",
 )  # fmt: skip
 MAX_DRAFTS = 16
+MAX_LOOKUP = 64  # each token of a match is a pass over all tokens, in every step
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,12 @@ class Speculation:
     draft_model: ModelConfig | None = None
 
 
-def choose_speculation(config: Mapping[str, Any]) -> SpeculationChoice | None:
+def choose_speculation(config: Mapping[str, Any] | None) -> SpeculationChoice | None:
     """Read `speculative_config`; None where it is empty, ValueError with what to change.
 
-    `adaptive_depth` (true) lets each step verify all drafts, half of them or none, by what has paid so far; false: all
-    of them, always.
+    Names and defaults are those of vLLM's SpeculativeConfig, but that mtp drafts one token where no number is given, as
+    the checkpoints have one layer for it. `adaptive_depth` (true) lets each step verify all drafts, half of them or
+    none, by what has paid so far; false: all of them, always.
     """
     if not config:
         return None
@@ -66,7 +72,8 @@ def choose_speculation(config: Mapping[str, Any]) -> SpeculationChoice | None:
     num_drafts = _integer(config, "num_speculative_tokens", 1 if method == "mtp" else None)
     if num_drafts > MAX_DRAFTS:
         raise ValueError(f"speculative_config.num_speculative_tokens must be at most {MAX_DRAFTS}: {num_drafts}")
-    adaptive = config.get("adaptive_depth", True)
+    adaptive = config.get("adaptive_depth")
+    adaptive = True if adaptive is None else adaptive
     if not isinstance(adaptive, bool):
         raise ValueError(f"speculative_config.adaptive_depth must be true or false: {adaptive}")
     if method == "draft_model":
@@ -74,6 +81,12 @@ def choose_speculation(config: Mapping[str, Any]) -> SpeculationChoice | None:
             raise ValueError(f"speculative_config.model must name the checkpoint of the draft model: {model}")
     elif model is not None and not (method == "ngram" and model in ("ngram", "[ngram]")):
         raise ValueError(f"speculative_config.model is for the method draft_model only: {model}")
+    revision = config.get("revision")
+    if revision is not None and (method != "draft_model" or not isinstance(revision, str)):
+        raise ValueError(
+            f"speculative_config.revision must be a branch, tag or commit of the draft model, and method "
+            f"draft_model: {revision}"
+        )
     longest, shortest = config.get("prompt_lookup_max"), config.get("prompt_lookup_min")
     if method != "ngram" and (longest is not None or shortest is not None):
         raise ValueError("speculative_config.prompt_lookup_max and prompt_lookup_min are for ngram only: " + method)
@@ -82,13 +95,35 @@ def choose_speculation(config: Mapping[str, Any]) -> SpeculationChoice | None:
         # vLLM's rule: one of the two stands for both, without either the match is five tokens long
         max_n = _integer(config, "prompt_lookup_max", 5 if shortest is None else _integer(config, "prompt_lookup_min"))
         min_n = _integer(config, "prompt_lookup_min", max_n)
+        if max_n > MAX_LOOKUP:
+            raise ValueError(f"speculative_config.prompt_lookup_max must be at most {MAX_LOOKUP}: {max_n}")
         if min_n > max_n:
             raise ValueError(
                 f"speculative_config.prompt_lookup_min must not be above prompt_lookup_max={max_n}: {min_n}"
             )
     depths = tuple(sorted({0, (num_drafts + 1) // 2, num_drafts})) if adaptive else (num_drafts,)
     model = model if method == "draft_model" else None
-    return SpeculationChoice(method, num_drafts, depths, model, config.get("revision"), min_n, max_n)
+    return SpeculationChoice(method, num_drafts, depths, model, revision, min_n, max_n)
+
+
+def with_shorthands(
+    config: Mapping[str, Any] | None, *, method: str | None, model: str | None, num_drafts: int | None
+) -> dict[str, Any]:
+    """`speculative_config` with what `spec_method`, `spec_model` and `spec_tokens` say; ValueError where it says
+    something else already."""
+    joined = dict(config or {})
+    for flag, key, value in (
+        ("spec_method", "method", method), ("spec_model", "model", model),
+        ("spec_tokens", "num_speculative_tokens", num_drafts),
+    ):  # fmt: skip
+        if value is None:
+            continue
+        if joined.get(key, value) != value:
+            raise ValueError(
+                f"{flag} and speculative_config.{key} must not differ; give one: {value} and {joined[key]}"
+            )
+        joined[key] = value
+    return joined
 
 
 def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The periodic log line about throughput, queues and cache, in the words that people grep for."""
+"""The periodic log lines about throughput, queues, cache and drafts, in the words that people grep for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 import time
 
+from ..scheduler.draft_stats import DraftStats
 from ..scheduler.scheduler import SchedulerStats
 
 logger = logging.getLogger(__name__)
@@ -13,7 +14,8 @@ DEFAULT_INTERVAL_SECONDS = 10.0
 
 
 class StatsLog:
-    """Counts tokens and writes a line at most every VLLM_LOG_STATS_INTERVAL seconds (10 by default).
+    """Counts tokens and writes a line at most every VLLM_LOG_STATS_INTERVAL seconds (10 by default), and one more about
+    drafts if there were any.
 
     An idle engine writes one last line, which shows that it has come to rest, and then nothing.
     """
@@ -31,6 +33,8 @@ class StatsLog:
         self._generation_tokens = 0
         self._stats: SchedulerStats | None = None
         self._was_idle = True
+        self._drafts_since = now
+        self._told_drafts: DraftStats | None = None
 
     def count(self, stats: SchedulerStats, prompt_tokens: int, generation_tokens: int) -> None:
         """Take in one step: the prompt tokens of requests that got their first token, and all new tokens."""
@@ -58,7 +62,28 @@ class StatsLog:
             f"GPU KV cache usage: {stats.kv_cache_usage:.1%}, Prefix cache hit rate: {hit_rate:.1%}"
         )
 
+    def draft_line(self, now: float) -> str | None:
+        """The line about the drafts that were verified since the last one; None where there were none."""
+        drafts = None if self._stats is None else self._stats.drafts
+        elapsed = now - self._drafts_since
+        if drafts is None or elapsed <= 0:
+            return None
+        new = drafts.since(self._told_drafts)
+        self._told_drafts, self._drafts_since = drafts, now
+        if not new.num_drafts:
+            return None
+        rates = ", ".join(f"{rate:.3f}" for rate in new.acceptance_per_position)
+        return (
+            f"SpecDecoding metrics: Mean acceptance length: {new.acceptance_length:.2f}, "
+            f"Accepted throughput: {new.num_accepted_tokens / elapsed:.2f} tokens/s, "
+            f"Drafted throughput: {new.num_draft_tokens / elapsed:.2f} tokens/s, "
+            f"Accepted: {new.num_accepted_tokens} tokens, Drafted: {new.num_draft_tokens} tokens, "
+            f"Per-position acceptance rate: {rates}, "
+            f"Avg Draft acceptance rate: {100 * new.acceptance_rate:.1f}%"
+        )
+
     def write(self) -> None:
-        text = self.line(time.monotonic())
-        if text is not None:
-            logger.info(text)
+        now = time.monotonic()
+        for text in (self.line(now), self.draft_line(now)):
+            if text is not None:
+                logger.info(text)

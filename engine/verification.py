@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -43,10 +44,13 @@ class SyntheticAcceptance:
     def __call__(self, drafts: Tensor, sampled: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         if drafts.shape[1] > len(self.rates):
             raise ValueError(f"there are acceptance rates for {len(self.rates)} drafts only: {drafts.shape[1]}")
-        noise = gumbel_noise(seeds, positions, 1)  # [n, 1]; below -log(-log(rate)) with the probability `rate`
-        rates = torch.tensor(self.rates[: drafts.shape[1]], dtype=torch.float32, device=seeds.device)
-        there = (drafts != NO_DRAFT).to(torch.int64).sum(dim=1)
-        return torch.minimum((noise < -torch.log(-torch.log(rates))).to(torch.int64).sum(dim=1), there)
+        noise = gumbel_noise(seeds, positions, 1).squeeze(1)  # [n]; below -log(-log(rate)) with the probability `rate`
+        accepted = torch.zeros_like(seeds)
+        for rate in self.rates[
+            : drafts.shape[1]
+        ]:  # numbers, as a compiled step takes no tensor that is not its model's
+            accepted = accepted + (noise < -math.log(-math.log(rate)))
+        return torch.minimum(accepted, (drafts != NO_DRAFT).to(torch.int64).sum(dim=1))
 
 
 def draft_window(state: RowState, rows: Tensor, context: ForwardContext, num_drafts: int, block_size: int) -> Tensor:

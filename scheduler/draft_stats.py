@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import msgspec
 
 from .request import Request
@@ -14,6 +16,36 @@ class DraftStats(msgspec.Struct, frozen=True):
     num_draft_tokens: int  # tokens of these
     num_accepted_tokens: int  # of these, those that became tokens of their request
     num_accepted_per_position: list[int]  # by place in the continuation, the first token first
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the drafted tokens that were accepted, in [0, 1]; 0 without any."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens that a step with drafts brought on average, the one behind the accepted ones included; at least 1."""
+        return 1 + self.num_accepted_tokens / self.num_drafts if self.num_drafts else 1.0
+
+    @property
+    def acceptance_per_position(self) -> list[float]:
+        """Share of the continuations whose token at each place was accepted. As vLLM has it, those that were not so
+        long count as not accepted there."""
+        return [accepted / max(1, self.num_drafts) for accepted in self.num_accepted_per_position]
+
+    def since(self, earlier: DraftStats | None) -> DraftStats:
+        """What has come on top of `earlier`; everything, where counting has begun anew since then."""
+        if earlier is None:
+            return self
+        pairs = zip_longest(self.num_accepted_per_position, earlier.num_accepted_per_position, fillvalue=0)
+        grown = DraftStats(
+            self.num_drafts - earlier.num_drafts,
+            self.num_draft_tokens - earlier.num_draft_tokens,
+            self.num_accepted_tokens - earlier.num_accepted_tokens,
+            [now - before for now, before in pairs],
+        )
+        counts = (grown.num_drafts, grown.num_draft_tokens, grown.num_accepted_tokens)
+        return self if min(*counts, *grown.num_accepted_per_position) < 0 else grown
 
 
 class DraftCounter:

@@ -46,8 +46,8 @@ class RequestUpdate(msgspec.Struct, frozen=True, omit_defaults=True, gc=False): 
     num_preemptions: int = 0
     queued_time: float = 0.0  # told with the first token, monotonic seconds: when it came to the scheduler
     scheduled_time: float = 0.0  # likewise: when it was first scheduled
-    num_draft_tokens: int = 0  # told at the end: drafts that were verified for the request
-    num_accepted_tokens: int = 0  # likewise: those of them that became its tokens
+    num_draft_tokens: int = 0  # drafts that were verified for the request so far
+    num_accepted_tokens: int = 0  # those of them that became its tokens
 
 
 class Request:

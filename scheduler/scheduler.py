@@ -12,12 +12,14 @@ from itertools import pairwise
 import msgspec
 
 from ..kvcache.manager import KVCacheManager
+from .admission import reason_to_refuse
 from .config import SchedulerConfig
 from .draft_depth import DraftDepth
 from .draft_stats import DraftCounter, DraftStats
 from .plan import NewRow, StepOutput, StepPlan, TokenLogprobs
 from .queue import WaitingQueue
-from .request import Request, RequestInput, RequestStatus, RequestUpdate, length_limit
+from .request import Request, RequestInput, RequestStatus, RequestUpdate
+from .sketch import PlanSketch
 
 
 class SchedulerStats(msgspec.Struct, frozen=True):
@@ -31,42 +33,6 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     prefix_cache_hits: int  # counter, tokens
     num_preemptions: int  # counter
     drafts: DraftStats | None = None  # counters of speculation, where there is any
-
-
-class _Sketch:
-    """A plan in the making. Entries that decode stand apart: they come first in the plan."""
-
-    __slots__ = (
-        "budget", "chunks", "decode_block_ids", "decode_computed", "decode_requests", "decode_rows", "is_short",
-        "new_rows", "num_drafts",
-    )  # fmt: skip
-
-    def __init__(self, budget: int, num_drafts: int) -> None:
-        self.budget = budget  # tokens that may still be planned
-        self.num_drafts = num_drafts  # that each decoding request verifies
-        self.is_short = False  # blocks ran out: somebody was preempted, or waits for a block
-        self.new_rows: list[NewRow] = []
-        self.decode_requests: list[Request] = []
-        self.decode_rows: list[int] = []
-        self.decode_computed: list[int] = []
-        self.decode_block_ids: list[list[int]] = []
-        self.chunks: list[tuple[Request, int, int, list[int], bool]] = []  # request, computed, count, new ids, samples
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.decode_requests and not self.chunks
-
-    def add(self, request: Request, num_computed: int, count: int, new_block_ids: list[int]) -> None:
-        samples = num_computed + count == len(request.token_ids) + request.num_unread
-        request.num_unread += samples
-        if samples and count == 1 and not self.num_drafts:  # one that has just come in has no drafts to verify
-            self.decode_requests.append(request)
-            self.decode_rows.append(request.row)
-            self.decode_computed.append(num_computed)
-            self.decode_block_ids.append(new_block_ids)
-        else:
-            self.chunks.append((request, num_computed, count, new_block_ids, samples))
-        self.budget -= count
 
 
 class Scheduler:
@@ -109,9 +75,9 @@ class Scheduler:
 
     def add(self, source: RequestInput) -> RequestUpdate | None:
         """Queue a request, or return the update that refuses it."""
-        refusal = self._refusal(source)
-        if refusal is not None:
-            kind, message = refusal
+        reason = reason_to_refuse(source, self.requests, self.waiting, self.config, self.kv)
+        if reason is not None:
+            kind, message = reason
             return RequestUpdate(source.request_id, finish_reason="error", error=message, error_kind=kind)
         order = (source.priority if self._by_priority else 0, self._num_arrived)
         self._num_arrived += 1
@@ -128,11 +94,14 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plan the next step. A plan without rows means that there is nothing to do; it is not to be executed."""
-        sketch = _Sketch(self.config.max_num_batched_tokens, self._choose_depth())
+        budget, depth = self.config.max_num_batched_tokens, self.draft_depth
+        sketch = (
+            PlanSketch(budget) if depth is None else PlanSketch(budget, depth.depths, depth.choose(len(self.running)))
+        )
         self._plan_running(sketch)
         # While blocks are short nobody comes in: it would take what a running request gave up or waits for.
         if not sketch.is_short:
-            while sketch.budget and (head := self.waiting.peek()) is not None and self._admit(head, sketch):
+            while sketch.has_tokens and (head := self.waiting.peek()) is not None and self._admit(head, sketch):
                 pass
         return self._plan(sketch)
 
@@ -146,9 +115,9 @@ class Scheduler:
         all_logprobs, all_prompt_logprobs = output.logprobs, output.prompt_logprobs
         finished, running = RequestStatus.FINISHED, RequestStatus.RUNNING
         num_decode, num_drafts = plan.num_decode, plan.num_drafts
-        if self.draft_depth is not None and num_decode == len(requests):
-            num_tokens = sum(map(len, output.token_ids))
-            self.draft_depth.observe(num_decode, num_drafts, output.seconds, num_tokens)
+        if self.draft_depth is not None:
+            seconds = output.seconds if num_decode == len(requests) else 0.0  # with chunks it is no measure
+            self.draft_depth.observe(num_decode, num_drafts, seconds, sum(map(len, output.token_ids)))
         updates: list[RequestUpdate] = []
         ended: list[Request] = []
         for entry, tokens in enumerate(output.token_ids):
@@ -178,10 +147,15 @@ class Scheduler:
             logprobs = all_logprobs.get(entry) if all_logprobs else None
             prompt_logprobs = all_prompt_logprobs.get(entry) if all_prompt_logprobs else None
             if ending is None and prompt_logprobs is None and num_before > request.num_prompt_tokens:
-                num_preemptions = request.num_preemptions
-                updates.append(
-                    RequestUpdate(request.source.request_id, tokens, logprobs, num_preemptions=num_preemptions)
-                )
+                request_id, num_preemptions = request.source.request_id, request.num_preemptions
+                if request.num_draft_tokens:
+                    update = RequestUpdate(
+                        request_id, tokens, logprobs, num_preemptions=num_preemptions,
+                        num_draft_tokens=request.num_draft_tokens, num_accepted_tokens=request.num_accepted_tokens,
+                    )  # fmt: skip
+                else:
+                    update = RequestUpdate(request_id, tokens, logprobs, num_preemptions=num_preemptions)
+                updates.append(update)
             elif tokens or prompt_logprobs:
                 updates.append(_full_update(request, num_before, logprobs, prompt_logprobs, ending))
         for request in ended:
@@ -228,60 +202,15 @@ class Scheduler:
             if request.status is not RequestStatus.RUNNING and (request.num_computed or request.blocks.block_ids):
                 raise RuntimeError(f"scheduler integrity: a waiting request holds blocks: {request.request_id}")
 
-    def _refusal(self, source: RequestInput) -> tuple[str, str] | None:
-        """(error_kind, message) where the request cannot be taken, now or ever."""
-        config, kv = self.config, self.kv
-        num_prompt = len(source.prompt_token_ids)
-        if source.request_id in self.requests:
-            return "invalid", f"a request with this id is running already; choose another: {source.request_id}"
-        if not num_prompt:
-            return "invalid", "the prompt must hold at least one token: 0"
-        if num_prompt >= config.max_model_len:
-            return "invalid", (
-                f"the model's maximum context length is {config.max_model_len} tokens, output included; "
-                f"shorten the prompt, its number of tokens is: {num_prompt}"
-            )
-        if num_prompt > config.max_num_batched_tokens and not config.enable_chunked_prefill:
-            return "invalid", (
-                "without chunked prefill a prompt must fit into one step of max_num_batched_tokens="
-                f"{config.max_num_batched_tokens}; enable chunked prefill, raise it or shorten the prompt, "
-                f"its number of tokens is: {num_prompt}"
-            )
-        # The KV of the last token is never needed: nothing follows it.
-        num_blocks = kv.blocks_for(length_limit(source, config.max_model_len) - 1)
-        if num_blocks > kv.pool.num_usable:
-            return "invalid", (
-                f"the KV cache holds {kv.pool.num_usable} blocks of {kv.block_size} tokens; lower max_tokens, shorten "
-                f"the prompt or enlarge the cache: {num_prompt} prompt tokens and "
-                f"{length_limit(source, config.max_model_len) - num_prompt} output tokens need blocks: {num_blocks}"
-            )
-        max_requests, max_tokens = config.max_num_queued_reqs, config.max_num_queued_tokens
-        if max_requests is not None and len(self.waiting) >= max_requests:
-            return "queue_full", f"too many requests are waiting (max_num_queued_reqs); retry later: {max_requests}"
-        if max_tokens is not None and self.waiting.num_prompt_tokens >= max_tokens:
-            return (
-                "queue_full",
-                f"too many prompt tokens are waiting (max_num_queued_tokens); retry later: {max_tokens}",
-            )
-        return None
-
-    def _choose_depth(self) -> int:
-        """Drafts that each decoding request verifies in the next step; every running one gets its tokens."""
-        if self.draft_depth is None:
-            return 0
-        num_running = max(1, len(self.running))
-        return min(self.draft_depth.choose(num_running), self.config.max_num_batched_tokens // num_running - 1)
-
-    def _plan_running(self, sketch: _Sketch) -> None:
+    def _plan_running(self, sketch: PlanSketch) -> None:
         """Give tokens to the running requests, and to waiting ones that are more urgent than the next running one."""
         running, kv = self.running, self.kv
-        num_drafts = sketch.num_drafts
         decode_requests, decode_rows = sketch.decode_requests, sketch.decode_rows
         decode_computed, decode_block_ids = sketch.decode_computed, sketch.decode_block_ids
         none_new: list[int] = []  # one list for all entries without new blocks; nobody writes to it
         may_jump = self._by_priority
         index = 0
-        while index < len(running) and sketch.budget:
+        while index < len(running) and sketch.has_tokens:
             request = running[index]
             if may_jump:
                 head = self.waiting.peek()
@@ -294,11 +223,14 @@ class Scheduler:
             blocks, num_computed = request.blocks, request.num_computed
             num_tokens = len(request.token_ids) + request.num_unread
             count = num_tokens - num_computed
-            if count == 1:  # what `_Sketch.add` does, spelled out: this is the path of every decoding request
+            if count == 1:  # what `PlanSketch.add` does, spelled out: this is the path of every decoding request
                 if request.num_unread and num_tokens >= request.length_limit:
                     continue  # a token in flight is its last
-                if sketch.budget <= num_drafts:
+                while sketch.num_drafts and sketch.budget <= sketch.num_drafts:  # its own token goes before drafts
+                    sketch.drop_drafts()
+                if not sketch.budget:
                     break
+                num_drafts = sketch.num_drafts
                 new_block_ids = none_new
                 if num_computed + request.num_ahead + num_drafts >= blocks.capacity:
                     new_block_ids = self._grow_with_drafts(request, sketch)
@@ -316,13 +248,15 @@ class Scheduler:
                 if num_computed >= blocks.next_publish:
                     kv.publish(blocks, request.token_ids, num_computed)
             elif count:
+                if not sketch.spares_token():
+                    break
                 count = min(count, self.config.long_prefill_token_threshold or count, sketch.budget)
                 new_block_ids = self._grow(request, num_computed + count, sketch)
                 if new_block_ids is None:
                     break
                 self._compute(request, count, new_block_ids, sketch)
 
-    def _grow(self, request: Request, num_tokens: int, sketch: _Sketch) -> list[int] | None:
+    def _grow(self, request: Request, num_tokens: int, sketch: PlanSketch) -> list[int] | None:
         """New block ids for a running request, at the cost of those behind it. None where it is the last itself: then
         it keeps what it has and waits for those before it, which have been served in this step."""
         while (block_ids := self.kv.allocate(request.blocks, num_tokens)) is None:
@@ -332,26 +266,29 @@ class Scheduler:
             self._preempt_last()
         return block_ids
 
-    def _grow_with_drafts(self, request: Request, sketch: _Sketch) -> list[int] | None:
+    def _grow_with_drafts(self, request: Request, sketch: PlanSketch) -> list[int] | None:
         """As `_grow`, for a request that decodes: blocks as far as its newest token may stand, and if there are some,
         for the drafts behind it."""
         limit = request.length_limit - 1  # the KV of the last token is never needed
-        needed = min(request.num_computed + 1 + request.num_ahead, limit)
+        # A draft without a block is not accepted, so the newest token stands behind the last block at most.
+        needed = min(request.num_computed + 1 + request.num_ahead, request.blocks.capacity + 1, limit)
         if sketch.num_drafts:
             block_ids = self.kv.allocate(request.blocks, min(needed + sketch.num_drafts, limit))
             if block_ids is not None:
                 return block_ids
         return self._grow(request, needed, sketch)
 
-    def _compute(self, request: Request, count: int, new_block_ids: list[int], sketch: _Sketch) -> None:
+    def _compute(self, request: Request, count: int, new_block_ids: list[int], sketch: PlanSketch) -> None:
         sketch.add(request, request.num_computed, count, new_block_ids)
         request.num_computed += count
         self.kv.publish(request.blocks, request.token_ids, request.num_computed)
 
-    def _admit(self, request: Request, sketch: _Sketch, is_urgent: bool = False) -> bool:
+    def _admit(self, request: Request, sketch: PlanSketch, is_urgent: bool = False) -> bool:
         """Let the head of the queue run, if budget, rows and blocks allow. An urgent one takes the place of less urgent
         requests, all of which stand behind those planned so far."""
         if request.num_unread or (not self._free_rows and not is_urgent):
+            return False
+        if not sketch.spares_token():
             return False
         kv, token_ids = self.kv, request.token_ids
         prefix_ids = kv.find_prefix(request.blocks, token_ids) if request.reads_prefix_cache else []
@@ -387,7 +324,7 @@ class Scheduler:
         free = self.kv.pool.num_free + sum(len(victim.blocks.block_ids) for victim in victims)
         return bool(victims) and num_blocks <= free
 
-    def _start(self, request: Request, num_cached: int, sketch: _Sketch) -> None:
+    def _start(self, request: Request, num_cached: int, sketch: PlanSketch) -> None:
         taken = self.waiting.pop()
         assert taken is request
         if request.num_preemptions == 0:
@@ -458,27 +395,14 @@ class Scheduler:
             for request in requests
         ]
 
-    def _plan(self, sketch: _Sketch) -> StepPlan:
+    def _plan(self, sketch: PlanSketch) -> StepPlan:
         if sketch.is_empty:
             return StepPlan(self._num_planned, [], [], [], [], [], [], [])
-        chunks = sketch.chunks
-        num_decode, num_drafts = len(sketch.decode_requests), sketch.num_drafts
         step = self._num_planned
         self._num_planned += 1
-        self._in_flight.append((step, sketch.decode_requests + [chunk[0] for chunk in chunks]))
+        self._in_flight.append((step, sketch.requests))
         released_rows, self._released_rows = self._released_rows, []
-        return StepPlan(
-            step=step,
-            released_rows=released_rows,
-            new_rows=sketch.new_rows,
-            rows=sketch.decode_rows + [chunk[0].row for chunk in chunks],
-            num_computed=sketch.decode_computed + [chunk[1] for chunk in chunks],
-            num_tokens=[1 + num_drafts] * num_decode + [chunk[2] for chunk in chunks],
-            new_block_ids=sketch.decode_block_ids + [chunk[3] for chunk in chunks],
-            samples=[True] * num_decode + [chunk[4] for chunk in chunks],
-            num_decode=num_decode,
-            num_drafts=num_drafts,
-        )
+        return sketch.finish(step, released_rows)
 
     def _take_in_flight(self, plan: StepPlan, output: StepOutput) -> list[Request]:
         if not self._in_flight:
@@ -488,6 +412,10 @@ class Scheduler:
             raise ValueError(f"expected the output of step {step} with its plan, got: {output.step} and {plan.step}")
         if [bool(tokens) for tokens in output.token_ids] != plan.samples:
             raise ValueError(f"the output must hold tokens for the entries that sample, and no others: step {step}")
+        if len(output.num_drafts) != (plan.num_decode if plan.num_drafts else 0):
+            raise ValueError(
+                f"the output must tell how many drafts were verified for each entry that decodes: step {step}"
+            )
         self._in_flight.popleft()
         return requests
 
@@ -520,6 +448,6 @@ def _full_update(
         num_preemptions=request.num_preemptions,
         queued_time=request.queued_time if begins else 0.0,
         scheduled_time=request.scheduled_time if begins else 0.0,
-        num_draft_tokens=request.num_draft_tokens if ending else 0,
-        num_accepted_tokens=request.num_accepted_tokens if ending else 0,
+        num_draft_tokens=request.num_draft_tokens,
+        num_accepted_tokens=request.num_accepted_tokens,
     )

@@ -19,6 +19,7 @@ _ALIASES = {
     "gpu_memory_utilization": ["--device-memory-utilization"],
     "pipeline_parallel_size": ["-pp"],
     "quantization": ["-q"],
+    "speculative_config": ["-sc"],
     "tensor_parallel_size": ["-tp"],
 }
 _SIZE = re.compile(r"(-?\d+(?:\.\d+)?)([kKmMgGtT]?)")
@@ -61,7 +62,7 @@ class CommandParser(argparse.ArgumentParser):
             if not equals:
                 value = next(rest, "")
             *parents, last = path.split(".")
-            target = joined.setdefault(flag, {})
+            target = joined.setdefault(action.option_strings[0], {})
             for parent in parents:
                 target = target.setdefault(parent, {})
             try:
@@ -97,7 +98,8 @@ def _with_dashes(word: str) -> str:
     flag, equals, value = word.partition("=")
     if " " in flag:
         return word  # text, not a flag
-    return flag.replace("_", "-") + equals + value
+    name, dot, path = flag.partition(".")  # what follows are keys of a JSON object, which are spelt as they are
+    return name.replace("_", "-") + dot + path + equals + value
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -48,6 +48,14 @@ def decode_body(data: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
         raise _invalid("json_invalid", ["body"], f"JSON decode error: {error}") from error
     except RecursionError as error:
         raise _invalid("json_invalid", ["body"], "the body is nested too deeply") from error
+
+
+def check_types(value: Any, type_: Any) -> None:
+    """Raises `RequestError` naming the field where `value`, a part of a body, is not of a struct's types."""
+    try:
+        msgspec.convert(value, type_)
+    except msgspec.ValidationError as error:
+        raise _wrong_type(str(error)) from error
 
 
 def value_error(message: str, param: str | None = None) -> RequestError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -12,12 +12,14 @@ from msgspec import UNSET
 
 from ..engine.outputs import CompletionOutput, RequestOutput
 from ..scheduler.sampling_params import SamplingParams
+from .answers import AnswerFormat, ChoiceReader
 from .body import read_body
 from .context import CONTEXT, ServerContext
 from .errors import caller_errors, json_response
 from .logprobs import LogprobFormat, prompt_logprobs
+from .parsing.tool_choice import ToolChoice
 from .protocol import ChatCompletionRequest, chat_decoder
-from .request_checks import chat_params, check_chat
+from .request_checks import chat_params, check_chat, check_tools
 from .responses import (
     ChatChoice,
     ChatChunk,
@@ -25,7 +27,6 @@ from .responses import (
     ChatCompletionResponse,
     ChatDelta,
     ChatLogprobs,
-    ChatResponseMessage,
     Usage,
 )
 from .streaming import merge_outputs, send_events
@@ -36,15 +37,33 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     context = request.app[CONTEXT]
     body = await read_body(request, chat_decoder)
     check_chat(body, trust_chat_template=context.settings.trust_request_chat_template)
+    tool_choice = check_tools(body, serves_auto=context.tool_parser is not None)
     context.check_model(body.model)
     await context.engine.wait_ready()
+    answers = _answer_format(context, body, tool_choice)
+    with caller_errors():
+        if answers.needs_special_tokens:
+            body.skip_special_tokens = False
     params = chat_params(body, context.engine.default_sampling_params)
     response_id = context.response_id("chatcmpl", request, body)
-    chat = _ChatCompletion(context, body, params, response_id, context.priority(request, body))
+    chat = _ChatCompletion(context, body, answers, params, response_id, context.priority(request, body))
     context.log_request(response_id, params)
     if body.stream:
         return await send_events(request, chat.chunks(), context.settings.keep_alive_seconds)
     return json_response(await chat.response())
+
+
+def _answer_format(context: ServerContext, body: ChatCompletionRequest, tool_choice: ToolChoice) -> AnswerFormat:
+    effort = body.reasoning_effort
+    options = dict(context.settings.default_chat_template_kwargs)
+    if effort is not None:
+        options["enable_thinking"] = effort != "none"
+    options.update(body.chat_template_kwargs or {})
+    if effort is not None:
+        options["reasoning_effort"] = effort
+    return AnswerFormat(
+        context.engine.tokenizer, body, tool_choice, context.tool_parser, context.reasoning_parser, options
+    )
 
 
 class _ChatCompletion:
@@ -54,12 +73,16 @@ class _ChatCompletion:
         self,
         context: ServerContext,
         body: ChatCompletionRequest,
+        answers: AnswerFormat,
         params: SamplingParams,
         response_id: str,
         priority: int,
     ) -> None:
         self.context = context
         self.body = body
+        self.answers = answers
+        self.shows_tokens = bool(body.return_token_ids) and not answers.hides_reasoning
+        self.shows_logprobs = bool(body.logprobs) and not answers.hides_reasoning
         self.params = params
         self.id = response_id
         self.priority = priority
@@ -74,7 +97,7 @@ class _ChatCompletion:
     async def outputs(self) -> AsyncGenerator[RequestOutput, None]:
         """The engine's outputs."""
         engine, body = self.context.engine, self.body
-        options = self._template_options()
+        options = dict(self.answers.template_options)
         own_template = options.pop("chat_template", None) or body.chat_template
         with caller_errors():
             self.prompt_text = await engine.render_chat(
@@ -95,14 +118,6 @@ class _ChatCompletion:
             async for _, output in merged:
                 yield output
 
-    def _template_options(self) -> dict[str, Any]:
-        options = dict(self.context.settings.default_chat_template_kwargs)
-        effort = self.body.reasoning_effort
-        if effort is not None:
-            options.update(reasoning_effort=effort, enable_thinking=effort != "none")
-        options.update(self.body.chat_template_kwargs or {})
-        return options
-
     async def response(self) -> ChatCompletionResponse:
         """The whole answer."""
         final: RequestOutput | None = None
@@ -110,38 +125,42 @@ class _ChatCompletion:
             async for output in outputs:
                 final = output
         assert final is not None  # the engine ends a stream with an output or an error
-        wants_ids = self.body.return_token_ids
         num_tokens = sum(len(completion.token_ids) for completion in final.outputs)
+        readers = [self.answers.reader(final.prompt_token_ids) for _ in final.outputs]
+        choices = [self._choice(completion, reader) for completion, reader in zip(final.outputs, readers, strict=True)]
         return ChatCompletionResponse(
             self.id,
             self.created,
             self.context.model_name,
-            [self._choice(completion) for completion in final.outputs],
-            self._usage(final, num_tokens),
+            choices,
+            self._usage(final, num_tokens, readers),
             system_fingerprint=self.context.settings.fingerprint,
             prompt_logprobs=prompt_logprobs(final.prompt_logprobs),
-            prompt_token_ids=final.prompt_token_ids if wants_ids else None,
+            prompt_token_ids=final.prompt_token_ids if self.body.return_token_ids else None,
             prompt_text=self.prompt_text if self.body.return_prompt_text else None,
             metrics=self.context.metrics(final, num_tokens) if self.params.n == 1 else None,
         )
 
-    def _choice(self, completion: CompletionOutput) -> ChatChoice:
+    def _choice(self, completion: CompletionOutput, reader: ChoiceReader) -> ChatChoice:
         return ChatChoice(
             completion.index,
-            ChatResponseMessage(self.role, self.echoed_text + completion.text),
+            reader.message(self.role, completion, self.echoed_text),
             self._logprobs(completion),
-            completion.finish_reason,
+            reader.finish_reason(completion.finish_reason),
             completion.stop_reason,
-            token_ids=completion.token_ids if self.body.return_token_ids else None,
+            token_ids=completion.token_ids if self.shows_tokens else None,
         )
 
     def _logprobs(self, completion: CompletionOutput) -> ChatLogprobs | None:
-        if not self.body.logprobs:
+        if not self.shows_logprobs:
             return None
         return self.format.chat(completion.token_ids, completion.logprobs or [])
 
-    def _usage(self, output: RequestOutput, completion_tokens: int) -> Usage:
-        return self.context.usage([output], completion_tokens)
+    def _usage(self, output: RequestOutput, completion_tokens: int, readers: Sequence[ChoiceReader]) -> Usage:
+        reasoning_tokens = None
+        if self.context.reasoning_parser is not None:
+            reasoning_tokens = sum(reader.count_reasoning_tokens() for reader in readers)
+        return self.context.usage([output], completion_tokens, reasoning_tokens)
 
     async def chunks(self) -> AsyncGenerator[ChatChunk, None]:
         """The answer in pieces: the role of every choice, what they say, and at last the usage if asked for."""
@@ -149,26 +168,32 @@ class _ChatCompletion:
         num_tokens = [0] * self.params.n
         num_running = self.params.n
         last: RequestOutput | None = None
+        readers: list[ChoiceReader] = []
         async with aclosing(self.outputs()) as outputs:
             async for output in outputs:
                 if last is None:
+                    readers = [self.answers.reader(output.prompt_token_ids) for _ in num_tokens]
                     for chunk in self._first_chunks(output):
                         if always_usage:
-                            chunk.usage = self._usage(output, 0)
+                            chunk.usage = self._usage(output, 0, readers)
                         yield chunk
                 last = output
                 for completion in output.outputs:
                     num_tokens[completion.index] += len(completion.token_ids)
                     num_running -= completion.finish_reason is not None
-                    chunk = self._chunk([self._chunk_choice(completion)])
+                    reader = readers[completion.index]
+                    choice = self._chunk_choice(completion, reader)
+                    if choice is None:
+                        continue
+                    chunk = self._chunk([choice])
                     if not num_running and not include_usage:
                         self.context.sign(chunk)
                     if always_usage:
-                        chunk.usage = self._usage(output, num_tokens[completion.index])
+                        chunk.usage = self._usage(output, num_tokens[completion.index], [reader])
                     yield chunk
         if include_usage and last is not None:
             chunk = self._chunk([])
-            chunk.usage = self._usage(last, sum(num_tokens))
+            chunk.usage = self._usage(last, sum(num_tokens), readers)
             metrics = self.context.metrics(last, num_tokens[0]) if self.params.n == 1 else None
             if metrics is not None:
                 chunk.metrics = metrics
@@ -190,14 +215,19 @@ class _ChatCompletion:
             ]
         return chunks
 
-    def _chunk_choice(self, completion: CompletionOutput) -> ChatChunkChoice:
+    def _chunk_choice(self, completion: CompletionOutput, reader: ChoiceReader) -> ChatChunkChoice | None:
+        """What is new in one choice; None if that is nothing."""
+        delta = reader.delta(completion)
+        ends = completion.finish_reason is not None
+        if delta is None and not (ends or self.shows_tokens or self.shows_logprobs):
+            return None
         return ChatChunkChoice(
             completion.index,
-            ChatDelta(content=completion.text),
+            ChatDelta() if delta is None else delta,
             self._logprobs(completion),
-            completion.finish_reason,
-            completion.stop_reason if completion.finish_reason is not None else UNSET,
-            token_ids=completion.token_ids if self.body.return_token_ids else UNSET,
+            reader.finish_reason(completion.finish_reason),
+            completion.stop_reason if ends else UNSET,
+            token_ids=completion.token_ids if self.shows_tokens else UNSET,
         )
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:

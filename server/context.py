@@ -14,9 +14,12 @@ from ..engine.outputs import RequestOutput
 from ..scheduler.sampling_params import SamplingParams
 from .environment import read_flag
 from .errors import RequestError, invalid_value
+from .parsing.reasoning_parser import ReasoningParser
+from .parsing.registry import REASONING_PARSERS, TOOL_PARSERS
+from .parsing.tool_parser import ToolParser
 from .protocol import GenerationRequest
 from .request_metrics import RequestMetrics, request_metrics
-from .responses import ChatChunk, CompletionChunk, PromptTokensDetails, Usage
+from .responses import ChatChunk, CompletionChunk, CompletionTokensDetails, PromptTokensDetails, Usage
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -36,6 +39,12 @@ class ServerContext:
         self.model_names = settings.served_model_names or (settings.model,)
         self.created = int(time.time())
         self.load = 0  # requests in progress, if they are tracked
+        self.tool_parser: type[ToolParser] | None = None  # for tool_choice auto
+        if settings.enable_auto_tool_choice and settings.tool_call_parser:
+            self.tool_parser = TOOL_PARSERS.get(settings.tool_call_parser)
+        self.reasoning_parser: type[ReasoningParser] | None = None
+        if settings.reasoning_parser:
+            self.reasoning_parser = REASONING_PARSERS.get(settings.reasoning_parser)
 
     @property
     def model_name(self) -> str:
@@ -100,13 +109,16 @@ class ServerContext:
             return self.settings.return_tokens_as_token_ids
         return body.return_tokens_as_token_ids
 
-    def usage(self, outputs: Sequence[RequestOutput], completion_tokens: int) -> Usage:
-        """Token counts over one output of each prompt."""
+    def usage(
+        self, outputs: Sequence[RequestOutput], completion_tokens: int, reasoning_tokens: int | None = None
+    ) -> Usage:
+        """Token counts over one output of each prompt; without `reasoning_tokens` nothing is said of reasoning."""
         prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
         details = None
         if self.settings.enable_prompt_tokens_details:
             details = PromptTokensDetails(sum(output.num_cached_tokens or 0 for output in outputs))
-        return Usage(prompt_tokens, prompt_tokens + completion_tokens, completion_tokens, details)
+        reasoning = None if reasoning_tokens is None else CompletionTokensDetails(reasoning_tokens)
+        return Usage(prompt_tokens, prompt_tokens + completion_tokens, completion_tokens, details, reasoning)
 
     async def encode_prompt(
         self, body: GenerationRequest, prompt: str | list[int], *, add_special_tokens: bool

@@ -118,6 +118,28 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     function_call: Any = None
 
 
+class FunctionDefinition(msgspec.Struct):
+    """What is known of a function beside its own fields, which the chat template sees too."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(msgspec.Struct):
+    """An element of `tools`."""
+
+    function: FunctionDefinition
+    type: Literal["function"] = "function"
+
+
+class Tools(msgspec.Struct):
+    """The types that `tools` must have; requests keep them as the client wrote them."""
+
+    tools: list[ToolDefinition]
+
+
 class TokenizeRequest(msgspec.Struct, kw_only=True):
     """Body of POST /tokenize: a prompt, or the messages of a chat."""
 

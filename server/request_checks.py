@@ -6,15 +6,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..scheduler.sampling_params import MAX_NUM_SEQUENCES, RequestOutputKind, SamplingParams
-from .body import value_error
+from .body import check_types, value_error
 from .environment import read_count
 from .errors import RequestError, not_supported
+from .parsing.tool_choice import ToolChoice, read_tool_choice
 from .protocol import (
     MAX_CACHE_SALT_CHARACTERS,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
     TokenizeRequest,
+    Tools,
 )
 
 # vLLM's names, so that a deployment's settings carry over.
@@ -112,7 +114,6 @@ def check_chat(request: ChatCompletionRequest, *, trust_chat_template: bool) -> 
             raise value_error("`top_logprobs` must be a non-negative value or -1.", "top_logprobs")
         if not request.logprobs:
             raise value_error("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
-    _check_tools(request)
     check_template_options(request, trust_chat_template=trust_chat_template)
 
 
@@ -143,23 +144,36 @@ def check_template_options(request: ChatCompletionRequest | TokenizeRequest, *, 
         )
 
 
-def _check_tools(request: ChatCompletionRequest) -> None:
+def check_tools(request: ChatCompletionRequest, *, serves_auto: bool) -> ToolChoice:
+    """What the tools of a request are for; `serves_auto`: the server finds calls in answers."""
     choice = request.tool_choice
-    if choice == "none":
-        return
-    if choice is not None and request.tools is None:
+    if request.tools is not None:
+        check_tool_types(request.tools)
+    elif choice not in (None, "none"):
         raise value_error("When using `tool_choice`, `tools` must be set.", "tool_choice")
-    if request.tools is None:
-        return
-    if not request.tools:
+    try:
+        found = read_tool_choice(choice, request.tools)
+    except ValueError as error:
+        raise value_error(str(error), "tool_choice") from error
+    if found.kind == "auto" and not serves_auto:
+        raise RequestError(
+            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set',
+            error_type="BadRequestError",
+            param="tool_choice",
+        )
+    if found.kind in ("required", "named"):
+        raise not_supported(
+            "tool_choice",
+            f'"{found.kind}" tool choice is not supported yet by this server: set tool_choice to "auto" or "none"',
+        )
+    return found
+
+
+def check_tool_types(tools: list[dict[str, Any]]) -> None:
+    """Raises `RequestError` (400) unless there are tools and each is a function with a name."""
+    if not tools:
         raise value_error("`tools` must not be an empty list: leave it out to use no tools.", "tools")
-    if isinstance(choice, str) and choice not in ("auto", "required"):
-        raise value_error("`tool_choice` must be none, auto, required or a function.", "tool_choice")
-    name = choice if isinstance(choice, str) else "auto" if choice is None else "named"
-    raise not_supported(
-        "tool_choice",
-        f'"{name}" tool choice is not supported yet by this server: set tool_choice to "none" or send no tools',
-    )
+    check_types({"tools": tools}, Tools)
 
 
 def completion_params(request: CompletionRequest, defaults: Mapping[str, Any]) -> SamplingParams:

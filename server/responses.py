@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from .parsing.messages import ToolCall
 from .request_metrics import RequestMetrics
 
 PromptLogprobs = list[dict[int, dict[str, Any]] | None]
@@ -19,6 +20,10 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int | None = None
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     """Token counts of a request: of all its prompts once, and of everything generated."""
 
@@ -26,7 +31,7 @@ class Usage(msgspec.Struct):
     total_tokens: int
     completion_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
-    completion_tokens_details: None = None
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -104,12 +109,13 @@ class ChatLogprobs(msgspec.Struct):
 
 class ChatResponseMessage(msgspec.Struct):
     role: str
-    content: str
+    content: str | None
     refusal: None = None
     annotations: None = None
     audio: None = None
     function_call: None = None
-    reasoning: None = None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    reasoning: str | None = None
 
 
 class ChatChoice(msgspec.Struct):
@@ -138,9 +144,25 @@ class ChatCompletionResponse(msgspec.Struct):
     metrics: RequestMetrics | None = None
 
 
+class FunctionCallDelta(msgspec.Struct):
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCallDelta(msgspec.Struct):
+    """A piece of call number `index`; the first has id, type and name."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionCallDelta | UnsetType = UNSET
+
+
 class ChatDelta(msgspec.Struct):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):

@@ -84,6 +84,9 @@ def _add_api(group: Any) -> None:
     add_switch("--trust-request-chat-template", "let requests bring a chat template of their own")
     add("--default-chat-template-kwargs", type=parse_json_object, default={},
         help="JSON of variables for the chat template, where a request sets none")  # fmt: skip
+    add_switch("--enable-auto-tool-choice", "find tool calls in answers (tool_choice auto); needs --tool-call-parser")
+    add("--tool-call-parser", metavar="NAME", help="format of the model's tool calls, for --enable-auto-tool-choice")
+    add("--reasoning-parser", metavar="NAME", help="format of the model's reasoning, which answers show apart")
     add_switch("--return-tokens-as-token-ids", 'show the tokens of logprobs as "token_id:N"')
     add_switch("--enable-prompt-tokens-details", "report cached prompt tokens in usage")
     add_switch("--enable-force-include-usage", "send usage in every stream, in every chunk")
@@ -146,8 +149,9 @@ def parse_fingerprint_mode(text: str) -> str:
 
 
 def server_settings(arguments: argparse.Namespace, args: EngineArgs) -> ServerSettings:
-    """What the HTTP side is told; raises ValueError if the chat template cannot be read."""
+    """What the HTTP side is told; ValueError if the chat template cannot be read or a parser is not known."""
     root_path = arguments.root_path.strip("/")
+    check_parsers(arguments)
     names = arguments.served_model_name or ([DEMO_NAME] if args.model == str(DEMO_MODEL) else [])
     return ServerSettings(
         model=args.model,
@@ -157,6 +161,9 @@ def server_settings(arguments: argparse.Namespace, args: EngineArgs) -> ServerSe
         response_role=arguments.response_role,
         trust_request_chat_template=arguments.trust_request_chat_template,
         default_chat_template_kwargs=arguments.default_chat_template_kwargs,
+        enable_auto_tool_choice=arguments.enable_auto_tool_choice,
+        tool_call_parser=arguments.tool_call_parser or None,
+        reasoning_parser=arguments.reasoning_parser or None,
         return_tokens_as_token_ids=arguments.return_tokens_as_token_ids,
         enable_prompt_tokens_details=arguments.enable_prompt_tokens_details,
         enable_force_include_usage=arguments.enable_force_include_usage,
@@ -176,6 +183,24 @@ def server_settings(arguments: argparse.Namespace, args: EngineArgs) -> ServerSe
             arguments.allow_credentials,
         ),
     )
+
+
+def check_parsers(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for the name of a parser that is not known, and for automatic tool choice without one."""
+    if arguments.enable_auto_tool_choice and not arguments.tool_call_parser:
+        raise ValueError("name the format of the model's tool calls with --tool-call-parser beside: "
+            "--enable-auto-tool-choice")  # fmt: skip
+    if not (arguments.tool_call_parser or arguments.reasoning_parser):
+        return
+    # Looking through the installed packages takes time that a start without parsers need not spend.
+    from .parsing.registry import supported_reasoning_parsers, supported_tool_parsers
+
+    for flag, name, supported in (
+        ("--tool-call-parser", arguments.tool_call_parser, supported_tool_parsers),
+        ("--reasoning-parser", arguments.reasoning_parser, supported_reasoning_parsers),
+    ):
+        if name and name not in (known := supported()):
+            raise ValueError(f"{flag} must be one of {', '.join(known)}: {name}")
 
 
 def tls_files(parser: CommandParser, arguments: argparse.Namespace) -> TlsFiles | None:

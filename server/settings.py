@@ -50,6 +50,9 @@ class ServerSettings:
     response_role: str = "assistant"
     trust_request_chat_template: bool = False
     default_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    enable_auto_tool_choice: bool = False
+    tool_call_parser: str | None = None  # a name in `parsing.registry`
+    reasoning_parser: str | None = None  # likewise
     return_tokens_as_token_ids: bool = False
     enable_prompt_tokens_details: bool = False
     enable_force_include_usage: bool = False

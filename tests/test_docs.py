@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from omni_engine.server.parsing.registry import supported_reasoning_parsers, supported_tool_parsers
 from omni_engine.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -38,6 +39,11 @@ def test_every_flag_of_serve_is_documented() -> None:
     flags = {flag for flag in serve_parser()._option_string_actions if flag.startswith("--")}
     flags = {flag for flag in flags if not flag.startswith("--no-")} - {"--help"}
     assert unnamed(flags, read("docs/getting-started.md")) == set()
+
+
+def test_every_parser_is_documented() -> None:
+    names = {*supported_tool_parsers(), *supported_reasoning_parsers()}
+    assert names and unnamed(names, read("docs/getting-started.md")) == set()
 
 
 @pytest.mark.parametrize("request_type", [CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest])

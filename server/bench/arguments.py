@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,19 @@ def key_value(text: str) -> tuple[str, str]:
     if not equals or not key:
         raise argparse.ArgumentTypeError(f"not KEY=VALUE: {text}")
     return key, value
+
+
+def fixed_depth(speculative_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config for a benchmark of single steps, which are all alike: every step verifies all drafts. Raises
+    ValueError where it asks for something else."""
+    if not speculative_config:
+        return {}
+    if speculative_config.get("adaptive_depth"):
+        raise ValueError(
+            "this benchmark times steps of one depth, num_speculative_tokens; leave adaptive_depth out of "
+            "--speculative-config, or set it to false: true"
+        )
+    return {**speculative_config, "adaptive_depth": False}
 
 
 def write_json(path: str, value: Any) -> None:

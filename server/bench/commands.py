@@ -12,6 +12,7 @@ _COMMANDS = {
     "startup": "time how long an engine takes to start, in fresh processes",
     "graph": "time decode steps, compiled and eager, against the floor of the machine",
     "host": "time what a decode step takes on the host, beside its graph",
+    "speculative": "compare depths of speculation with none, round by round",
 }
 
 
@@ -52,6 +53,11 @@ def run_bench(words: Sequence[str]) -> int:
         from .host import host_parser, run_host
 
         return run_host(host_parser().parse(rest))
+    if command == "speculative":
+        from .speculative import run_speculative, speculative_parser
+
+        parser = speculative_parser()
+        return run_speculative(parser, parser.parse(rest))
     from .startup import run_startup, startup_parser
 
     parser = startup_parser()

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from ...engine.config import EngineConfig
 from ...engine.decode_loop import SAMPLING, DecodeLoop, StepTimes, TimedGraphs
-from ...engine.floor import decode_cost, floor_seconds
+from ...engine.floor import StepCost, decode_cost, draft_model_cost, floor_seconds, prediction_cost
+from ...engine.speculation import choose_speculation
 from ..arguments import add_engine_arguments, engine_args
 from ..serve_arguments import take_model_argument
-from .arguments import BenchParser, batch_sizes, count, positive_int, write_json
-from .graph_report import GearTimes, graph_plot, graph_result, graph_tables
+from .arguments import BenchParser, batch_sizes, count, fixed_depth, positive_int, write_json
+from .graph_report import GearTimes, graph_plot, graph_result, graph_tables, sum_reports
 
 BLOCK_SIZE = 16
 # Steps of a loop beside those that are timed one by one: as many again as the engine makes them, and a few at its ends.
@@ -83,6 +84,7 @@ def _measure(config: EngineConfig, arguments: argparse.Namespace, stack: context
     import torch
 
     from ...engine.core import EngineCore
+    from ...engine.decode_step import DRAFT
     from ...engine.graph_config import choose_graphs, resolve_graphs
     from ...engine.graph_startup import build_kernels
     from ...engine.machine_rates import measure_machine_rates
@@ -100,7 +102,11 @@ def _measure(config: EngineConfig, arguments: argparse.Namespace, stack: context
     graphs = core.runner.graphs
     stack.callback(graphs.close)
     synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    keys = {size: graphs.key_for(size, arguments.sampler) for size in arguments.batch_sizes}
+    num_drafts = 0 if config.speculation is None else config.speculation.choice.num_drafts
+    keys = {size: graphs.key_for(size, arguments.sampler, num_drafts) for size in arguments.batch_sizes}
+    # Behind a graph that ends at its logits stands one that drafts.
+    has_second = num_drafts > 0 and arguments.sampler == "split"
+    second = {size: graphs.key_for(size, DRAFT, num_drafts) if has_second else None for size in keys}
     timed = TimedGraphs(graphs)
 
     def make_loop(size: int) -> DecodeLoop:
@@ -110,25 +116,28 @@ def _measure(config: EngineConfig, arguments: argparse.Namespace, stack: context
             synchronize=synchronize,
         )  # fmt: skip
 
-    compiling = _steps_until_compiled(timed, keys, make_loop, arguments)
+    compiling = _steps_until_compiled(timed, keys, make_loop, arguments, second.values())
     rates = measure_machine_rates(device, config.dtype)
     results: list[dict[str, Any]] = []
     total = len(keys) * (arguments.num_steps_warmup + 2 * arguments.num_steps)
     with tqdm(total=total, unit="step", disable=arguments.disable_tqdm) as bar:
         for size, key in keys.items():
             bar.set_description(f"Batch size {size}")
-            has_graph = key is not None and graphs.is_ready(key)
+            of_step = [each for each in (key, second[size]) if each is not None]
+            has_graph = key is not None and all(map(graphs.is_ready, of_step))
             times, context_len = _time_gear(make_loop(size), timed, arguments, has_graph, bar)
             times = dataclasses.replace(times, compiling=compiling[size])
-            cost = decode_cost(config.model, size, context_len, dtype=config.dtype)
-            report = graphs.reports[key] if key is not None and has_graph else None
+            cost = step_cost(config, size, context_len, times.tokens_per_step)
+            report = sum_reports([graphs.reports[each] for each in of_step]) if has_graph else None
             results.append(graph_result(size, report, times, cost, floor_seconds(cost, rates)))
+    speculation = config.speculation
     return {
         "model_id": config.args.model,
         "num_layers": config.model.num_layers,
         "dtype": config.dtype,
         "backend": graphs.backend.name if graphs.backend is not None else "none",
         "sampler": arguments.sampler,
+        **({} if speculation is None else {"method": speculation.choice.method, "num_drafts": num_drafts}),
         "context_len": arguments.context_len,
         "num_steps": arguments.num_steps,
         "machine": dataclasses.asdict(rates),
@@ -146,7 +155,10 @@ def bench_config(arguments: argparse.Namespace, graph_folder: str | None = None)
         args = dataclasses.replace(args, **changes)
     if graph_folder is not None:
         args = dataclasses.replace(args, compilation_config={**args.compilation_config, "cache_dir": graph_folder})
-    length = arguments.context_len + loop_steps(arguments) + 2
+    args = dataclasses.replace(args, speculative_config=fixed_depth(args.speculative_config or {}))
+    choice = choose_speculation(args.speculative_config)
+    tokens_per_step = 1 if choice is None else 1 + choice.num_drafts
+    length = arguments.context_len + loop_steps(arguments) * tokens_per_step + 2
     block_size = args.block_size or BLOCK_SIZE
     largest = max(arguments.batch_sizes)
     longest = EngineConfig.from_args(args).model.derived_max_model_len
@@ -159,7 +171,7 @@ def bench_config(arguments: argparse.Namespace, graph_folder: str | None = None)
     defaults: dict[str, Any] = {
         "max_model_len": length,
         "max_num_seqs": largest,
-        "max_num_batched_tokens": max(2048, largest),
+        "max_num_batched_tokens": max(2048, largest * tokens_per_step),
         "block_size": block_size,
         "cudagraph_capture_sizes": list(arguments.batch_sizes),
     }
@@ -170,8 +182,23 @@ def bench_config(arguments: argparse.Namespace, graph_folder: str | None = None)
 
 
 def loop_steps(arguments: argparse.Namespace) -> int:
-    """Most tokens that a request of the benchmark generates."""
+    """Most steps that a request of the benchmark decodes in."""
     return 2 * (arguments.num_steps_warmup + arguments.num_steps) + arguments.num_steps + SPARE_STEPS
+
+
+def step_cost(config: EngineConfig, num_requests: int, context_len: float, tokens_per_step: float) -> StepCost:
+    """What a step moves and computes, drafting included; `tokens_per_step` is what it brings a request on average."""
+    speculation = config.speculation
+    if speculation is None:
+        return decode_cost(config.model, num_requests, context_len, dtype=config.dtype)
+    num_drafts = speculation.choice.num_drafts
+    cost = decode_cost(config.model, num_requests, context_len, 1 + num_drafts, dtype=config.dtype)
+    drafting = (num_requests, context_len, num_drafts, tokens_per_step - 1)
+    if speculation.choice.method == "mtp":
+        return cost + prediction_cost(config.model, *drafting, dtype=config.dtype)
+    if speculation.draft_model is not None:
+        return cost + draft_model_cost(speculation.draft_model, *drafting, dtype=config.dtype)
+    return cost  # prompt lookup reads a few tokens
 
 
 def _steps_until_compiled(
@@ -179,8 +206,10 @@ def _steps_until_compiled(
     keys: Mapping[int, Any],
     make_loop: Callable[[int], DecodeLoop],
     arguments: argparse.Namespace,
+    second: Iterable[Any] = (),
 ) -> dict[int, list[StepTimes]]:
-    """Wait until the graphs of `keys` are there, or until no more come, then stop the background, as it would be timed.
+    """Wait until the graphs of `keys` and of `second` are there, or until no more come, then stop the background, as it
+    would be timed.
 
     Returns, by batch size, the eager steps that were made while graphs were being compiled: in turns, each of a new
     loop, so that every batch size has steps beside every graph. After each turn comes a pause of the same length, as on
@@ -188,7 +217,7 @@ def _steps_until_compiled(
     """
     graphs = timed.graphs
     steps: dict[int, list[StepTimes]] = {size: [] for size in keys}
-    wanted = list(dict.fromkeys(key for key in keys.values() if key is not None))
+    wanted = list(dict.fromkeys(key for key in (*keys.values(), *second) if key is not None))
     turns = itertools.cycle(keys)
     timed.bypassed = True
     with tqdm(total=len(wanted), desc="Graphs", unit="graph", mininterval=1, disable=arguments.disable_tqdm) as bar:
@@ -227,7 +256,7 @@ def _time_gear(
     """The times of one batch size, and the number of stored tokens that they are for, on average."""
     eager: list[StepTimes] = []
     graph: list[StepTimes] = []
-    first = 0
+    first = 0.0
     for index in range(arguments.num_steps_warmup + arguments.num_steps):
         if index == arguments.num_steps_warmup:
             first = loop.context_len
@@ -240,8 +269,9 @@ def _time_gear(
             timed.bypassed = False
             graph.append(loop.step())
         bar.update()
-    context_len = (first + loop.context_len - 1) / 2
+    growth = (loop.context_len - first) / (len(eager) + len(graph))
+    context_len = (first + loop.context_len - growth) / 2
     timed.bypassed = not has_graph
     engine_seconds = loop.engine_step_seconds(arguments.num_steps)
     bar.update(arguments.num_steps)
-    return GearTimes(eager, graph, engine_seconds), context_len
+    return GearTimes(eager, graph, engine_seconds, num_drafts=loop.num_drafts, tokens_per_step=growth), context_len

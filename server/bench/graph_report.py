@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,22 @@ class GearTimes:
     graph: Sequence[StepTimes]
     engine_seconds: float  # per step, with the next one launched before the last one is read
     compiling: Sequence[StepTimes] = ()  # eager steps while graphs were being compiled
+    num_drafts: int = 0  # that each step verifies for a request, and drafts
+    tokens_per_step: float = 1.0  # that a timed step brought a request on average
+
+
+def sum_reports(reports: Sequence[Any]) -> Any:
+    """The `CaptureReport` of a step that is one graph, or two."""
+    first, *rest = reports
+    for report in rest:
+        first = replace(
+            first,
+            from_cache=first.from_cache and report.from_cache,
+            compile_seconds=first.compile_seconds + report.compile_seconds,
+            seconds=max(first.seconds, report.seconds),  # both counted from the same start
+            num_bytes=first.num_bytes + report.num_bytes,
+        )
+    return first
 
 
 def graph_result(
@@ -36,8 +52,18 @@ def graph_result(
     steps = times.graph or times.eager
     seconds = float(np.median([step.total for step in steps]))
     replay = float(np.median([step.replay for step in steps]))
+    host = {name: float(np.median([getattr(step, name) for step in steps])) * 1e6 for name in _HOST_ROWS}
+    speculation: dict[str, Any] = {}
+    if times.num_drafts:
+        brought = times.tokens_per_step
+        speculation = {
+            "tokens_per_step": brought,
+            "ms_per_token": seconds / brought * 1e3,
+            "host_us_per_token": {name: value / brought for name, value in host.items()},
+        }
     return {
         "batch_size": num_requests,
+        **speculation,
         "graph": None if report is None else {
             "from_cache": report.from_cache,
             "compile_seconds": report.compile_seconds,
@@ -49,9 +75,7 @@ def graph_result(
         "eager_while_compiling_ms": _spread(times.compiling) if times.compiling else None,
         "replay_ms": replay * 1e3,
         "engine_ms": times.engine_seconds * 1e3,
-        "host_us": {
-            name: float(np.median([getattr(step, name) for step in steps])) * 1e6 for name in _HOST_ROWS
-        },
+        "host_us": host,
         "weight_bytes": cost.weight_bytes,
         "kv_bytes": cost.kv_bytes,
         "other_bytes": cost.other_bytes,
@@ -63,7 +87,7 @@ def graph_result(
         "share_of_floor": floor.share(seconds),
         "replay_share_of_floor": floor.share(replay),
         "engine_share_of_floor": floor.share(times.engine_seconds),
-        "tokens_per_second": num_requests / times.engine_seconds,
+        "tokens_per_second": num_requests * times.tokens_per_step / times.engine_seconds,
     }  # fmt: skip
 
 
@@ -82,28 +106,42 @@ def graph_tables(result: dict[str, Any]) -> str:
         f"Model: {result['model_id']}, {result['num_layers']} layers, {result['dtype']}",
         f"Graphs: {result['backend']}, sampler {result['sampler']}; {result['context_len']} tokens stored before the "
         f"first of {result['num_steps']} steps of each kind, eager and graph in turn",
+        *_speculation_line(result),
         f"Machine: {machine['device']}{threads}: reads {machine['bytes_per_second'] / 1e9:.1f} GB/s, "
         f"multiplies {machine['flops_per_second'] / 1e9:,.0f} GFLOP/s ({machine['dtype']}), measured now",
         "",
-        *_table([_step_row(row) for row in rows]),
+        *table_lines([_step_row(row) for row in rows]),
         "",
-        *_table([_cost_row(row) for row in rows]),
+        *table_lines([_cost_row(row) for row in rows]),
         "",
         "Microseconds per step, medians; on a CPU the launch is the computation"
         + (", and StepInput includes choosing the tokens" if result["sampler"] == "split" else ""),
-        *_table([{"batch": str(row["batch_size"])} | _host_row(row) for row in rows]),
+        *table_lines([{"batch": str(row["batch_size"])} | _host_row(row["host_us"]) for row in rows]),
     ]
-    lines += ["", _compiling_line(result), *_table([_compiling_row(row) for row in rows])]
+    if "num_drafts" in result:
+        lines += ["", "The same for each token that a step brought a request"]
+        lines += table_lines([{"batch": str(row["batch_size"])} | _host_row(row["host_us_per_token"]) for row in rows])
+    lines += ["", _compiling_line(result), *table_lines([_compiling_row(row) for row in rows])]
     if any(row["graph"] for row in rows):
-        lines += ["", *_table([_graph_row(row) for row in rows if row["graph"]])]
+        lines += ["", *table_lines([_graph_row(row) for row in rows if row["graph"]])]
     return "\n".join(lines)
+
+
+def _speculation_line(result: dict[str, Any]) -> list[str]:
+    if "num_drafts" not in result:
+        return []
+    count = result["num_drafts"]
+    return [
+        f"Speculation: {result['method']}; each step computes {1 + count} tokens of a request, {count} of them drafts, "
+        f"and drafts {count} more, which the floor counts too"
+    ]
 
 
 def _step_row(row: dict[str, Any]) -> dict[str, str]:
     def spread(times: dict[str, float] | None) -> str:
         return "-" if times is None else f"{times['median']:.3f} ({times['p10']:.3f}..{times['p90']:.3f})"
 
-    return {
+    cells = {
         "batch": str(row["batch_size"]),
         "eager ms (p10..p90)": spread(row["eager_ms"]),
         "graph ms (p10..p90)": spread(row["graph_ms"]),
@@ -114,6 +152,10 @@ def _step_row(row: dict[str, Any]) -> dict[str, str]:
         "engine ms": f"{row['engine_ms']:.3f}",
         "tokens/s": f"{row['tokens_per_second']:,.1f}",
     }
+    if "tokens_per_step" in row:
+        cells["tokens/step"] = f"{row['tokens_per_step']:.2f}"
+        cells["ms/token"] = f"{row['ms_per_token']:.3f}"
+    return cells
 
 
 def _cost_row(row: dict[str, Any]) -> dict[str, str]:
@@ -127,8 +169,8 @@ def _cost_row(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _host_row(row: dict[str, Any]) -> dict[str, str]:
-    return {label: f"{row['host_us'][name]:,.1f}" for name, label in _HOST_ROWS.items()}
+def _host_row(microseconds: dict[str, float]) -> dict[str, str]:
+    return {label: f"{microseconds[name]:,.1f}" for name, label in _HOST_ROWS.items()}
 
 
 def _compiling_line(result: dict[str, Any]) -> str:
@@ -167,7 +209,7 @@ def _graph_row(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _table(rows: Sequence[dict[str, str]]) -> list[str]:
+def table_lines(rows: Sequence[dict[str, str]]) -> list[str]:
     """Lines of a table whose columns are as wide as they must be; all rows have the same keys."""
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
     head = "  ".join(name.rjust(width) for name, width in widths.items())

@@ -12,6 +12,7 @@ from tqdm import trange
 from ...scheduler.sampling_params import SamplingParams
 from ..arguments import add_engine_arguments, engine_args
 from ..serve_arguments import take_model_argument
+from .acceptance import acceptance_fields, acceptance_lines
 from .arguments import BenchParser, count, positive_int, write_json
 
 PERCENTAGES = (10, 25, 50, 75, 90, 99)
@@ -58,14 +59,19 @@ def run_latency(parser: BenchParser, arguments: argparse.Namespace) -> int:
     latencies = []
     for _ in trange(arguments.num_iters_warmup, desc="Warmup iterations", disable=arguments.disable_tqdm):
         engine.generate(prompts, params)
+    before = engine.stats().drafts
     for _ in trange(arguments.num_iters, desc="Bench iterations", disable=arguments.disable_tqdm):
         start = time.perf_counter()
         engine.generate(prompts, params)
         latencies.append(time.perf_counter() - start)
-    result = latency_result(args.model, latencies)
+    drafts = engine.stats().drafts
+    drafts = None if drafts is None else drafts.since(before)
+    result = latency_result(args.model, latencies) | acceptance_fields(drafts)
     print(f"Avg latency: {result['avg_latency']} seconds")
     for percentage, seconds in result["percentiles"].items():
         print(f"{percentage}% percentile latency: {seconds} seconds")
+    for line in acceptance_lines(drafts):
+        print(line)
     if arguments.output_json is not None:
         write_json(arguments.output_json, result)
     return 0

@@ -14,6 +14,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ...scheduler.draft_stats import DraftStats
+from .acceptance import acceptance_fields, acceptance_lines
 from .client import RequestResult
 from .metrics import ServeMetrics
 from .traffic import TrafficPattern
@@ -44,8 +46,8 @@ class RunLabels:
     date: datetime = field(default_factory=datetime.now)
 
 
-def printed_block(metrics: ServeMetrics, run: RunLabels, shown: Sequence[str]) -> str:
-    """The block of figures; `shown` are the metrics with statistics."""
+def printed_block(metrics: ServeMetrics, run: RunLabels, shown: Sequence[str], drafts: DraftStats | None = None) -> str:
+    """The block of figures; `shown` are the metrics with statistics, `drafts` what speculation came to meanwhile."""
     lines = [" Serving Benchmark Result ".center(_WIDTH, "=")]
     lines.append(_line("Successful requests:", metrics.completed))
     lines.append(_line("Failed requests:", metrics.failed))
@@ -73,6 +75,7 @@ def printed_block(metrics: ServeMetrics, run: RunLabels, shown: Sequence[str]) -
                 _line(f"P{percentile:g} {name.upper()} (ms):", value)
                 for percentile, value in distribution.percentiles.items()
             ]
+    lines += acceptance_lines(drafts)
     lines.append("=" * _WIDTH)
     return "\n".join(lines)
 
@@ -82,7 +85,13 @@ def _line(label: str, value: float) -> str:
 
 
 def result_object(
-    metrics: ServeMetrics, results: Sequence[RequestResult], run: RunLabels, shown: Sequence[str], *, detailed: bool
+    metrics: ServeMetrics,
+    results: Sequence[RequestResult],
+    run: RunLabels,
+    shown: Sequence[str],
+    drafts: DraftStats | None = None,
+    *,
+    detailed: bool,
 ) -> dict[str, Any]:
     """The result as JSON data. Lists have an entry per request, failed ones too; times are in seconds unless `_ms`."""
     pattern = run.pattern
@@ -126,6 +135,7 @@ def result_object(
         "max_output_tokens_per_s": metrics.max_output_tokens_per_s,
         "max_concurrent_requests": metrics.max_concurrent_requests,
         "rtfx": 0.0,  # of audio, which no request has
+        **acceptance_fields(drafts),
     }
     for name in _TITLES:
         if name in shown:

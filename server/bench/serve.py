@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import resource
 import sys
 import time
@@ -14,6 +15,8 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
+from ...scheduler.draft_stats import DraftStats
+from .acceptance import read_counters
 from .arguments import BenchParser
 from .client import Client, ClientOptions, RequestResult
 from .datasets import DatasetOptions, make_requests
@@ -25,12 +28,18 @@ from .target import Target, find_target, open_session, sends_text, tokens_of
 from .traffic import TrafficPattern, TrafficRun
 
 _RETRY_SECONDS = 1.0
+_METRICS_TIMEOUT = aiohttp.ClientTimeout(total=30)
 _MOST_FILES = 65536
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
 def run_serve_bench(parser: BenchParser, arguments: argparse.Namespace) -> int:
     """Run the benchmark; returns 0, or 1 if no request at all was completed."""
+    if arguments.speculative_config is not None:
+        parser.error(
+            "speculation is the server's: start `omni-engine serve` with this flag, and what its drafts come to is "
+            f"reported here: --speculative-config {arguments.speculative_config}"
+        )
     pattern = traffic_pattern(parser, arguments)
     try:
         options = DatasetOptions.of(arguments)
@@ -45,7 +54,7 @@ def run_serve_bench(parser: BenchParser, arguments: argparse.Namespace) -> int:
     _note(f"{len(requests)} prompts as {'text' if as_text else 'token ids'}; tokenizer: {tokens.name}")
     if maker.num_inexact:
         _note(f"{maker.num_inexact} texts could not be adjusted to the wanted number of tokens exactly")
-    results, duration = asyncio.run(_benchmark(arguments, target, pattern, options, requests))
+    results, duration, drafts = asyncio.run(_benchmark(arguments, target, pattern, options, requests))
     metrics = measure(
         results,
         duration,
@@ -53,7 +62,7 @@ def run_serve_bench(parser: BenchParser, arguments: argparse.Namespace) -> int:
         goodput=dict(arguments.goodput),
         count_tokens=_token_counter(tokens),
     )
-    _report(arguments, metrics, results, _labels(arguments, target, tokens, pattern, len(requests)))
+    _report(arguments, metrics, results, _labels(arguments, target, tokens, pattern, len(requests)), drafts)
     return 0 if metrics.completed else 1
 
 
@@ -63,7 +72,7 @@ async def _benchmark(
     pattern: TrafficPattern,
     options: DatasetOptions,
     requests: Sequence[BenchRequest],
-) -> tuple[list[RequestResult], float]:
+) -> tuple[list[RequestResult], float, DraftStats | None]:
     sampling = {name: getattr(arguments, name) for name in _SAMPLING if getattr(arguments, name) is not None}
     client_options = ClientOptions(
         url=target.base_url + target.endpoint,
@@ -99,7 +108,21 @@ async def _benchmark(
             results, _ = await send(warmups, [0.0] * len(warmups), "Warm-up", f"{prefix}warmup-")
             if lines := error_lines(results):
                 _note("warm-up requests failed:\n  " + "\n  ".join(lines))
-        return await send(requests, times, "Requests", prefix)
+        before = await _draft_counters(session, target)
+        results, duration = await send(requests, times, "Requests", prefix)
+        after = await _draft_counters(session, target)
+    drafts = None if before is None or after is None else after.since(before)
+    return results, duration, drafts if drafts is not None and drafts.num_draft_tokens else None
+
+
+async def _draft_counters(session: aiohttp.ClientSession, target: Target) -> DraftStats | None:
+    """What the server's speculation has come to so far; None where it does not speculate, or tells nothing."""
+    with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, ValueError, KeyError):
+        url = f"{target.base_url}/metrics"
+        async with session.get(url, headers=target.headers, timeout=_METRICS_TIMEOUT) as response:
+            if response.status == 200:
+                return read_counters(await response.text())
+    return None
 
 
 async def _wait_ready(client: Client, request: BenchRequest, timeout: float) -> None:
@@ -136,15 +159,19 @@ def _labels(
 
 
 def _report(
-    arguments: argparse.Namespace, metrics: ServeMetrics, results: Sequence[RequestResult], run: RunLabels
+    arguments: argparse.Namespace,
+    metrics: ServeMetrics,
+    results: Sequence[RequestResult],
+    run: RunLabels,
+    drafts: DraftStats | None,
 ) -> None:
     shown = arguments.percentile_metrics
     if lines := error_lines(results):
         _note("failed requests:\n  " + "\n  ".join(lines))
-    print(printed_block(metrics, run, shown))
+    print(printed_block(metrics, run, shown, drafts))
     if arguments.save_result or arguments.append_result:
         path = result_path(run, arguments.result_dir, arguments.result_filename)
-        result = result_object(metrics, results, run, shown, detailed=arguments.save_detailed)
+        result = result_object(metrics, results, run, shown, drafts, detailed=arguments.save_detailed)
         save_result(path, result, append=arguments.append_result)
         _note(f"saved in {path}")
 

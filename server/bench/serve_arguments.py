@@ -32,6 +32,7 @@ def serve_bench_parser() -> BenchParser:
     add("--prompt-format", choices=("auto", "token-ids", "text"), default="auto",
         help="how made-up prompts are sent. auto: token ids, of exactly the wanted number, to the completions of "
         "omni-engine and vLLM; else text of as many tokens by the tokenizer")  # fmt: skip
+    add("--speculative-config", help=argparse.SUPPRESS)  # known so that its place can be told
     add_dataset_arguments(parser, default="random")
     _add_traffic_arguments(parser)
     _add_request_arguments(parser)

@@ -15,14 +15,17 @@ from ...engine.async_engine import AsyncEngine
 from ...engine.config import EngineArgs
 from ...engine.outputs import RequestOutput
 from ...models.tokenizer import Tokenizer
+from ...scheduler.draft_stats import DraftStats
 from ...scheduler.sampling_params import RequestOutputKind, SamplingParams
 from ..arguments import add_engine_arguments, engine_args
 from ..serve_arguments import take_model_argument
+from .acceptance import acceptance_fields, acceptance_lines
 from .arguments import BenchParser, count, positive_int, write_json
 from .datasets import DatasetOptions, add_dataset_arguments, make_requests
 from .prompts import BenchRequest, IdsOnly, LocalTokens, PromptMaker
 
-Measured = tuple[list[RequestOutput], float]  # what was generated, and the seconds it took
+# What was generated, the seconds it took, and what drafts came to where there were any.
+Measured = tuple[list[RequestOutput], float, DraftStats | None]
 MakeRequests = Callable[[Tokenizer | None, int, int], Sequence[BenchRequest]]
 
 
@@ -60,8 +63,8 @@ def run_throughput(parser: BenchParser, arguments: argparse.Namespace) -> int:
         return requests
 
     run = _run_async if arguments.async_engine else _run_embedded
-    outputs, elapsed = run(args, arguments, make)
-    result = throughput_result(args.model, outputs, elapsed)
+    outputs, elapsed, drafts = run(args, arguments, make)
+    result = throughput_result(args.model, outputs, elapsed) | acceptance_fields(drafts)
     num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
     num_output = result["total_num_tokens"] - num_prompt
     print(
@@ -70,6 +73,8 @@ def run_throughput(parser: BenchParser, arguments: argparse.Namespace) -> int:
     )
     print(f"Total num prompt tokens:  {num_prompt}")
     print(f"Total num output tokens:  {num_output}")
+    for line in acceptance_lines(drafts):
+        print(line)
     if arguments.output_json is not None:
         write_json(arguments.output_json, result)
     return 0
@@ -101,9 +106,12 @@ def _run_embedded(args: EngineArgs, arguments: argparse.Namespace, make: MakeReq
     num_warmups = min(arguments.num_warmups, len(prompts))
     if num_warmups:
         engine.generate(prompts[:num_warmups], params[:num_warmups])
+    before = engine.stats().drafts
     start = time.perf_counter()
     outputs = engine.generate(prompts, params, use_tqdm=not arguments.disable_tqdm)
-    return outputs, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    drafts = engine.stats().drafts
+    return outputs, seconds, None if drafts is None else drafts.since(before)
 
 
 def _run_async(args: EngineArgs, arguments: argparse.Namespace, make: MakeRequests) -> Measured:
@@ -114,12 +122,15 @@ def _run_async(args: EngineArgs, arguments: argparse.Namespace, make: MakeReques
             requests = make(engine.tokenizer, engine.model_config.vocab_size, engine.max_model_len)
             if arguments.num_warmups:
                 await _complete_all(engine, requests[: arguments.num_warmups], arguments, "warmup", None)
+            before = (await engine.stats()).get("drafts")
             start = time.perf_counter()
             with tqdm(
                 total=len(requests), desc="Processed prompts", unit="prompt", disable=arguments.disable_tqdm
             ) as bar:
                 outputs = await _complete_all(engine, requests, arguments, "bench", bar)
-            return outputs, time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            drafts = (await engine.stats()).get("drafts")
+            return outputs, seconds, None if drafts is None else drafts.since(before)
         finally:
             await engine.shutdown()
 

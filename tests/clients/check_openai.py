@@ -302,9 +302,24 @@ def errors_have_their_classes() -> None:
 
 
 @checks
+def tools_are_served_where_the_server_knows_their_format() -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    try:
+        answer = chat(tools=[tool])
+    except openai.BadRequestError as error:
+        assert "requires --enable-auto-tool-choice and --tool-call-parser" in str(error), error
+        assert chat(tools=[tool], tool_choice="none").choices[0].message.content is not None
+        return
+    message = answer.choices[0].message
+    assert message.tool_calls or message.content or message.reasoning
+    chunks = list(chat(tools=[tool], stream=True))
+    assert chunks[-1].choices[0].finish_reason in ("stop", "length", "tool_calls")
+
+
+@checks
 def what_is_not_built_is_refused() -> None:
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
-    for fields in ({"tools": [tool]}, {"response_format": {"type": "json_object"}}):
+    for fields in ({"tools": [tool], "tool_choice": "required"}, {"response_format": {"type": "json_object"}}):
         with raises(openai.BadRequestError, "not supported yet"):
             chat(**fields)
     with raises(openai.BadRequestError, "image"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
+
 import pytest
 
-from omni_engine.engine.config import EngineArgs, EngineConfig
+from omni_engine.engine.config import DEMO_MODEL, EngineArgs, EngineConfig
 from omni_engine.engine.core import EngineCore
 from omni_engine.engine.decode_loop import FIRST_TOKEN, SAMPLING, DecodeLoop, StepTimes, TimedGraphs
 
@@ -97,3 +100,70 @@ def test_eager_steps_go_past_the_graphs(loop, monkeypatch):
 def test_a_steps_parts_are_disjoint():
     times = StepTimes(1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
     assert (times.total, times.replay) == (63.0, 12.0)
+
+
+@pytest.fixture(scope="module")
+def predicting():
+    """The demo, whose steps verify two drafts."""
+    config = {"method": "mtp", "num_speculative_tokens": 2, "adaptive_depth": False}
+    args = EngineArgs(
+        str(DEMO_MODEL), skip_tokenizer_init=True, device="cpu", max_num_seqs=3, max_model_len=256,
+        num_gpu_blocks_override=60, cudagraph_capture_sizes=[3], speculative_config=config,
+    )  # fmt: skip
+    return EngineCore.load(EngineConfig.from_args(args))
+
+
+def predicting_loop(core, sampler="greedy", max_steps=20):
+    timed = TimedGraphs(core.runner.graphs)
+    return DecodeLoop(core, timed, num_requests=3, context_len=20, max_steps=max_steps, sampler=sampler)
+
+
+@pytest.fixture
+def restored(predicting):
+    graphs = predicting.runner.graphs
+    yield predicting
+    predicting.runner.graphs = graphs
+
+
+def test_with_drafts_contexts_grow_by_what_is_accepted(restored):
+    made = predicting_loop(restored)
+    plans = []
+    dispatch = restored.runner.dispatch
+    restored.runner.dispatch = lambda plan: plans.append(plan) or dispatch(plan)
+    for _ in range(8):
+        made.step()
+    del restored.runner.dispatch
+    assert all(plan.is_decode_only and plan.num_drafts == 2 and plan.num_tokens == [3] * 3 for plan in plans)
+    positions = restored.runner.table.state.position[:3].tolist()
+    assert made.context_len == pytest.approx(sum(positions) / 3)
+    accepted = made.scheduler.stats().drafts.num_accepted_tokens
+    assert sum(positions) == 3 * (20 + 8) + accepted
+    assert [request.num_tokens for request in made.scheduler.running] == [position + 1 for position in positions]
+    made.scheduler.check_integrity()
+
+
+def test_requests_all_of_whose_drafts_are_accepted_do_not_end_before_their_steps_do(restored, monkeypatch):
+    graphs = restored.runner.graphs
+    drafting = dataclasses.replace(graphs.drafting, acceptance=lambda drafts, *_: (drafts >= 0).sum(dim=1))
+    monkeypatch.setattr(graphs, "drafting", drafting)
+    monkeypatch.setattr(graphs, "_programs", {})
+    made = predicting_loop(restored, max_steps=12)
+    made.graphs.bypassed = True
+    for _ in range(12):
+        made.step()
+    assert len(made.scheduler.running) == 3
+    assert made.context_len == 20 + 1 + 11 * 3  # in the first step there is nothing to verify
+
+
+def test_the_two_graphs_of_a_step_that_ends_at_its_logits_are_timed_together(restored, monkeypatch):
+    made = predicting_loop(restored, sampler="split")
+    kinds = []
+    graphs = made.graphs.graphs
+    replay = graphs.replay
+    monkeypatch.setattr(
+        graphs, "replay", lambda kind, *rest: (kinds.append(kind), time.sleep(0.05), replay(kind, *rest))[2]
+    )
+    times = made.step()
+    assert kinds == ["split", "draft"]
+    assert times.launch > 0.1
+    assert times.total < 2 * times.launch  # and they are not in the rest as well

@@ -13,11 +13,15 @@ from omni_engine.engine.floor import (
     MachineRates,
     StepCost,
     decode_cost,
+    draft_model_cost,
     expected_experts,
     floor_seconds,
+    prediction_cost,
     prefill_cost,
 )
 from omni_engine.models.config_parser import parse_config
+from omni_engine.models.layers.mtp import MultiTokenPredictor
+from omni_engine.models.layers.placement import Placement
 from omni_engine.models.parallel import ParallelLayout
 from omni_engine.models.registry import resolve
 
@@ -43,6 +47,7 @@ SPARSE_TINY = {
     **DEEPSEEK_TINY, "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32", "index_n_heads": 4,
     "index_head_dim": 64, "index_topk": 32,
 }  # fmt: skip
+PREDICTING_TINY = {**DEEPSEEK_TINY, "num_nextn_predict_layers": 1}
 QWEN3_MOE_TINY = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 32000, "hidden_size": 512,
     "intermediate_size": 1536, "moe_intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8,
@@ -165,6 +170,73 @@ def test_drafts_share_the_stored_tokens_of_their_request():
     assert drafted.weight_bytes == plain.weight_bytes
     attention = 12 * 4 * 768
     assert drafted.flops == 3 * plain.flops + 4 * attention * (1 + 2)  # a later token attends to those before it
+
+
+def predictor_bytes(config):
+    """The parameters of a config's prediction layer, embedding and head, which it shares, left out."""
+    layout, device = ParallelLayout(), torch.device("meta")
+    model = resolve(config.architecture).load_class()(config, layout, dtype=torch.bfloat16, device=device)
+    predictor = MultiTokenPredictor(model, Placement(layout, torch.bfloat16, device, model.ops))
+    shared = {id(parameter) for parameter in model.parameters()}
+    return sum(tensor.nbytes for tensor in predictor.parameters() if id(tensor) not in shared)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"n_routed_experts": None}, {"tie_word_embeddings": True}, {"attention_bias": True, "q_lora_rank": None},
+     {k: SPARSE_TINY[k] for k in ("architectures", "model_type", "index_n_heads", "index_head_dim", "index_topk")}],
+    ids=["routed", "dense", "tied", "biases", "sparse"],
+)  # fmt: skip
+def test_each_draft_reads_the_prediction_layer_and_the_head_once(overrides):
+    config = parse_config({**PREDICTING_TINY, **overrides})
+    head = 32000 * 512 * 2
+    pass_ = predictor_bytes(config) + head
+    for num_drafts in (1, 2, 4):  # of 16 experts none is left out by so many requests
+        cost = prediction_cost(config, 4096, 64, num_drafts)
+        assert cost.weight_bytes == pytest.approx(num_drafts * pass_, rel=1e-12)
+        rows = 4096 * (1 + num_drafts + num_drafts - 1)
+        assert cost.other_bytes == (0 if config.tie_word_embeddings else rows * 512 * 2)
+
+
+def test_the_prediction_layer_stores_what_the_step_computed_and_reads_what_it_stored():
+    config = parse_config(PREDICTING_TINY)
+    token = 160 * 2  # a latent and a rope key
+    assert prediction_cost(config, 3, 100, 1).kv_bytes == 3 * (100 + 2) * token
+    # three drafts: all four tokens of the step, then the first two drafts, behind 2 that were accepted on average
+    expected = (100 + 4) + (103 + 1) + (104 + 1)
+    assert prediction_cost(config, 3, 100, 3, 2.0).kv_bytes == 3 * expected * token
+    decoding = decode_cost(config, 3, 100, 4)
+    assert decoding.kv_bytes == 3 * 104 * 8 * token  # of the decoder's own layers alone
+    both = decoding + prediction_cost(config, 3, 100, 3, 2.0)
+    assert both.kv_bytes == 3 * (104 * 8 + expected) * token
+    assert both.bytes == both.weight_bytes + both.kv_bytes + both.other_bytes
+
+
+def test_flops_of_drafting_by_hand():
+    config = parse_config({**PREDICTING_TINY, "n_routed_experts": None})
+    projections = 512 * (256 + 160) + 256 * 8 * 96 + 8 * 64 * 512 + 8 * 128 * 128
+    layer = 2 * (2 * 512 * 512 + projections + 3 * 512 * 1536)  # with what joins state and token
+    head = 2 * 32000 * 512
+
+    def attention(pairs):
+        return 2 * 8 * pairs * (128 + 32 + 128)
+
+    first = 3 * layer + attention(101 + 102 + 103) + head  # the three tokens of the step, one of them with logits
+    assert prediction_cost(config, 1, 100, 2).flops == first + layer + attention(102) + head
+    assert prediction_cost(config, 5, 100, 1).flops == 5 * (2 * layer + attention(101 + 102) + head)
+
+
+def test_a_draft_model_begins_with_two_tokens_and_reads_all_its_weights_for_each_draft():
+    config = parse_config(LLAMA_160M)
+    read, _ = parameter_bytes(config)
+    cost = draft_model_cost(config, 2, 64, 3)
+    assert cost.weight_bytes == 3 * read
+    assert cost.kv_bytes == 2 * 36864 * ((64 + 2) + (66 + 1) + (67 + 1))
+    alone = decode_cost(config, 2, 64)
+    head, attention = 2 * 32000 * 768, 12 * 4 * 768
+    # two tokens of which one has logits, then one and one, each attending to one more
+    more = 2 * (-head + attention * (1 + 2 + 3))
+    assert cost.flops == 4 * alone.flops + more
 
 
 def test_a_sliding_window_bounds_what_is_read_and_computed():

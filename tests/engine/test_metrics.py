@@ -6,6 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from omni_engine.engine.metrics import EngineMetrics, token_buckets
+from omni_engine.scheduler.draft_stats import DraftStats
 from omni_engine.scheduler.request import RequestInput, RequestUpdate
 from omni_engine.scheduler.sampling_params import SamplingParams
 from omni_engine.scheduler.scheduler import SchedulerStats
@@ -17,9 +18,9 @@ BUSY = SchedulerStats(3, 2, 50, 0.25, 100, 40, 1)
 class Scrape:
     """One engine's metrics and what a scrape of them says."""
 
-    def __init__(self):
+    def __init__(self, num_drafts=0):
         self.registry = CollectorRegistry()
-        self.metrics = EngineMetrics(self.registry, "m", 1000, {"block_size": 16, "num_gpu_blocks": 9})
+        self.metrics = EngineMetrics(self.registry, "m", 1000, {"block_size": 16, "num_gpu_blocks": 9}, num_drafts)
 
     def value(self, name, **labels):
         return self.registry.get_sample_value(f"vllm:{name}", {"model_name": "m", "engine": "0", **labels})
@@ -138,6 +139,36 @@ def test_counters_go_on_when_a_new_core_counts_from_zero(scrape):
     scrape.metrics.core_lost()
     scrape.step(stats=BUSY)
     assert scrape.value("prefix_cache_queries_total") == 200
+
+
+def drafts(*counts, positions):
+    return SchedulerStats(0, 0, 0, 0.0, 0, 0, 0, DraftStats(*counts, num_accepted_per_position=positions))
+
+
+def draft_values(scrape, num_positions=2):
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    per_position = "spec_decode_num_accepted_tokens_per_pos_total"
+    return [scrape.value(f"spec_decode_{name}_total") for name in names] + [
+        scrape.value(per_position, position=str(position)) for position in range(num_positions)
+    ]
+
+
+def test_drafts_are_counted_from_the_first_scrape_on():
+    scrape = Scrape(num_drafts=2)
+    assert draft_values(scrape) == [0, 0, 0, 0, 0]
+    scrape.step(stats=drafts(3, 6, 4, positions=[3, 1]))
+    scrape.step(stats=drafts(3, 6, 4, positions=[3, 1]))
+    scrape.step(stats=drafts(5, 10, 5, positions=[4, 1]))
+    assert draft_values(scrape) == [5, 10, 5, 4, 1]
+    scrape.metrics.core_lost()
+    scrape.step(stats=drafts(7, 14, 9, positions=[6, 3]))
+    assert draft_values(scrape) == [12, 24, 14, 10, 4]
+
+
+def test_without_speculation_there_are_no_metrics_about_drafts(scrape):
+    scrape.step(stats=BUSY)
+    assert draft_values(scrape) == [None] * 5
+    assert not any("spec_decode" in family.name for family in scrape.registry.collect())
 
 
 def test_the_cache_is_told_in_labels(scrape):

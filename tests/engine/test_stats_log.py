@@ -3,6 +3,7 @@
 import pytest
 
 from omni_engine.engine.stats_log import StatsLog
+from omni_engine.scheduler.draft_stats import DraftStats
 from omni_engine.scheduler.scheduler import SchedulerStats
 
 
@@ -36,3 +37,43 @@ def test_an_interval_that_is_none_is_refused(monkeypatch, text):
     monkeypatch.setenv("VLLM_LOG_STATS_INTERVAL", text)
     with pytest.raises(ValueError, match="VLLM_LOG_STATS_INTERVAL"):
         StatsLog(0.0)
+
+
+def with_drafts(*counts, positions):
+    return SchedulerStats(0, 0, 0, 0.0, 0, 0, 0, DraftStats(*counts, num_accepted_per_position=positions))
+
+
+def test_the_line_about_drafts_is_one_that_vllm_has_printed():
+    log = StatsLog(100.0)
+    log.count(with_drafts(203, 609, 206, positions=[122, 58, 26]), 5, 5)
+    assert log.draft_line(110.0) == (  # published with a server's output: 203 drafts of three tokens in ten seconds
+        "SpecDecoding metrics: Mean acceptance length: 2.01, Accepted throughput: 20.60 tokens/s, Drafted throughput: "
+        "60.90 tokens/s, Accepted: 206 tokens, Drafted: 609 tokens, Per-position acceptance rate: 0.601, 0.286, 0.128, "
+        "Avg Draft acceptance rate: 33.8%"
+    )
+
+
+def test_each_line_about_drafts_is_of_the_time_since_the_last():
+    log = StatsLog(0.0)
+    log.count(with_drafts(10, 30, 12, positions=[7, 4, 1]), 5, 5)
+    assert "Accepted: 12 tokens, Drafted: 30 tokens" in (log.draft_line(10.0) or "")
+    assert log.draft_line(20.0) is None  # no drafts, no line
+    log.count(with_drafts(14, 42, 18, positions=[10, 6, 2]), 5, 5)
+    line = log.draft_line(30.0) or ""
+    assert "Mean acceptance length: 2.50, Accepted throughput: 0.60 tokens/s, Drafted throughput: 1.20" in line
+    assert "Per-position acceptance rate: 0.750, 0.500, 0.250, Avg Draft acceptance rate: 50.0%" in line
+    log.count(with_drafts(1, 3, 3, positions=[1, 1, 1]), 5, 5)  # of a core that was started anew
+    assert "Accepted: 3 tokens, Drafted: 3 tokens" in (log.draft_line(40.0) or "")
+
+
+def test_without_speculation_there_is_no_line_about_drafts(caplog):
+    log = StatsLog(0.0)
+    log.count(stats(1), 5, 5)
+    assert log.draft_line(10.0) is None
+    with caplog.at_level("INFO", logger="omni_engine.engine.stats_log"):
+        log.write()
+    assert [record.message[:10] for record in caplog.records] == ["Engine 000"]
+    log.count(with_drafts(1, 1, 1, positions=[1]), 5, 5)
+    with caplog.at_level("INFO", logger="omni_engine.engine.stats_log"):
+        log.write()
+    assert [record.message[:10] for record in caplog.records] == ["Engine 000"] * 2 + ["SpecDecodi"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omni_engine.ops.attention import paged_decode_attention, paged_prefill_attention, write_kv_cache
+from omni_engine.ops.attention import paged_decode_attention, paged_prefill_attention, per_token, write_kv_cache
 
 BLOCK_SIZE = 4
 CONTEXT_LENS = (1, 9, 4, 14)
@@ -114,3 +114,24 @@ def test_writing_touches_only_the_named_slots() -> None:
     assert torch.equal(key_cache[2, 1], key[0]) and torch.equal(key_cache[1, 2], key[1])
     assert torch.equal(value_cache[2, 1], value[0]) and torch.equal(value_cache[1, 2], value[1])
     assert key_cache.count_nonzero() == key.numel() and value_cache.count_nonzero() == value.numel()
+
+
+def test_each_of_a_requests_newest_tokens_sees_those_before_it_and_nothing_behind_the_table():
+    table = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32)
+    tables, lens = per_token(table, torch.tensor([5, 10], dtype=torch.int32), 6, 4)
+    assert tables.tolist() == [[1, 2]] * 3 + [[3, 4]] * 3
+    assert lens.tolist() == [3, 4, 5, 8, 8, 8] and lens.dtype == torch.int32
+    tables, lens = per_token(table, torch.tensor([5, 10], dtype=torch.int32), 2, 4)
+    assert tables is table and lens.tolist() == [5, 8]
+
+
+def test_several_tokens_per_request_attend_as_each_would_alone():
+    keys, values = torch.randn(6, 4, 2, 8), torch.randn(6, 4, 2, 8)
+    query, table = torch.randn(6, 4, 8), torch.tensor([[1, 2, 5], [3, 4, 0]], dtype=torch.int32)
+    lens = torch.tensor([11, 6], dtype=torch.int32)
+    together = paged_decode_attention(query, keys, values, table, lens, 0.3)
+    for token in range(6):
+        request, place = divmod(token, 3)
+        own = lens[request : request + 1] - 2 + place
+        alone = paged_decode_attention(query[token : token + 1], keys, values, table[request : request + 1], own, 0.3)
+        torch.testing.assert_close(together[token : token + 1], alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
@@ -12,36 +13,56 @@ from aiohttp import ClientSession, web
 from prometheus_client import CollectorRegistry
 
 from omni_engine.engine.outputs import CompletionOutput, Logprob, RequestOutput, RequestStats
+from omni_engine.models.chat_template import ChatTemplate
 from omni_engine.scheduler.sampling_params import RequestOutputKind, SamplingParams, ValidationError
 from omni_engine.server.app import build_app
 from omni_engine.server.settings import ServerSettings
 
 MODEL = "tiny/model"
+DELTA_FIELDS = {"content", "reasoning", "tool_calls"}
+FIRST_SPECIAL = 0xF0000  # among the characters of private use
 
 
 class FakeTokenizer:
-    """One token per character; a "^" (token 1) is the special token put before a text."""
+    """One token per character, or per text of `special`; a "^" (token 1) is the special token put before a text."""
 
     max_token_id = 0x10FFFF
 
+    def __init__(self) -> None:
+        self.special: list[str] = []
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return [1] * add_special_tokens + [ord(char) for char in text]
+        pieces = re.findall("|".join([*map(re.escape, self.special), "(?s:.)"]), text)
+        ids = [self.token_to_id(piece) for piece in pieces]
+        return [1] * add_special_tokens + [ord(pieces[at]) if i is None else i for at, i in enumerate(ids)]
+
+    def token_to_id(self, token: str) -> int | None:
+        if token in self.special:
+            return FIRST_SPECIAL + self.special.index(token)
+        return ord(token) if len(token) == 1 else None
 
     def id_to_token(self, token_id: int) -> str:
         return self.token_string(token_id)
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
-        return "".join("^" if i == 1 else chr(i) for i in ids if not (skip_special_tokens and i == 1))
+        special = {1: "^"} | {FIRST_SPECIAL + place: text for place, text in enumerate(self.special)}
+        return "".join(special.get(i) or chr(i) for i in ids if not (skip_special_tokens and i in special))
 
     def token_string(self, token_id: int) -> str:
         return self.decode([token_id], skip_special_tokens=False)
 
 
 class FakeEngine:
-    """Answers every request with `answer`, one character per token and step."""
+    """Answers every request with `answer`, `tokens_per_output` tokens in each step."""
 
     def __init__(self) -> None:
         self.answer = "hello"
+        self.answers: list[str] = []  # of the choices, if they differ
+        self.tokens_per_output = 1
+        self.finish_reason = "stop"  # of answers that are not cut
+        self.text_delay = 0  # how many characters of the text come one output later than their tokens
+        self.template: ChatTemplate | None = None
+        self.prompt_end = ""
         self.failure: Exception | None = None  # raised before the first output
         self.failure_after: tuple[int, Exception] | None = None  # raised after so many outputs
         self.hangs = False  # after the first output
@@ -75,7 +96,10 @@ class FakeEngine:
         self.rendered.append((messages, options))
         if any(message["role"] == "refused" for message in messages):
             raise ValueError("the template knows no role: refused")
-        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+        if self.template is not None:
+            options.pop("chat_template")
+            return self.template.render(messages, template_kwargs=options.pop("chat_template_kwargs"), **options)
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + self.prompt_end
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, *, priority: int = 0
@@ -113,31 +137,39 @@ class FakeEngine:
                 self.closed_early.append(request_id)
 
     def _outputs(self, prompt: Any, token_ids: list[int], params: SamplingParams, request_id: str) -> list[Any]:
-        length = min(params.max_tokens or 10**9, len(self.answer))
+        texts = self.answers or [self.answer] * params.n
+        answers = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        cut = [ids[: params.max_tokens or len(ids)] for ids in answers]
+        longest = max(map(len, cut))
+        step = longest if params.output_kind == RequestOutputKind.FINAL_ONLY else self.tokens_per_output
         prompt_logprobs = None
         if params.prompt_logprobs is not None:
             prompt_logprobs = [None, *(entry(i, params.prompt_logprobs) for i in token_ids[1:])]
-        step = length if params.output_kind == RequestOutputKind.FINAL_ONLY else 1
         outputs = []
-        for end in range(step, length + 1, step):
-            done = end == length
+        for start in range(0, longest, step):
             completions = []
-            for index in range(params.n):
-                ids = [ord(char) for char in self.answer[end - step : end]]
-                logprobs = None if params.logprobs is None else [entry(i, params.logprobs) for i in ids]
-                completions.append(
-                    CompletionOutput(
-                        index, self.answer[end - step : end], ids, 0.0, logprobs,
-                        ("length" if length < len(self.answer) else "stop") if done else None,
-                    )
-                )  # fmt: skip
+            for index, ids in enumerate(cut):
+                new = ids[start : start + step]
+                if not new:
+                    continue
+                done = start + step >= len(ids)
+                reason = "length" if len(ids) < len(answers[index]) else self.finish_reason
+                logprobs = None if params.logprobs is None else [entry(i, params.logprobs) for i in new]
+                text = self._text(ids, start, params) if start else ""
+                text = self._text(ids, start + step, params)[len(text) :]
+                completions.append(CompletionOutput(index, text, new, 0.0, logprobs, reason if done else None))
             outputs.append(
                 RequestOutput(
-                    request_id, prompt.get("prompt"), token_ids, prompt_logprobs if end == step else None, completions,
-                    done, self.stats, num_cached_tokens=2,
+                    request_id, prompt.get("prompt"), token_ids, None if start else prompt_logprobs, completions,
+                    start + step >= longest, self.stats, num_cached_tokens=2,
                 )
             )  # fmt: skip
         return outputs
+
+    def _text(self, ids: list[int], end: int, params: SamplingParams) -> str:
+        """The text after `end` tokens of an answer."""
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=params.skip_special_tokens)
+        return text if end >= len(ids) else text[: max(len(text) - self.text_delay, 0)]
 
 
 def entry(token_id: int, count: int) -> dict[int, Logprob]:
@@ -217,3 +249,55 @@ def serve() -> Callable[..., None]:
 @pytest.fixture
 def fake_engine() -> FakeEngine:
     return FakeEngine()
+
+
+def join_chunks(events: list[Any], index: int = 0) -> dict[str, Any]:
+    """The message of a choice as the API's rules say: texts are appended, calls by their index."""
+    assert events[-1] == "[DONE]"
+    message: dict[str, Any] = {"finish_reason": None}
+    calls: list[dict[str, Any]] = []
+    choices = [choice for event in events[:-1] for choice in event["choices"] if choice["index"] == index]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    for choice in choices[1:]:
+        assert message["finish_reason"] is None  # nothing comes after the end
+        delta = choice["delta"]
+        assert set(delta) <= DELTA_FIELDS
+        for name in ("content", "reasoning"):
+            if name in delta:
+                assert delta[name] or name == "content"  # a special token without a parser
+                message[name] = message.get(name, "") + delta[name]
+        pieces = delta.get("tool_calls", [])
+        assert len({piece["index"] for piece in pieces}) == len(pieces)
+        for piece in pieces:
+            if piece["index"] == len(calls):
+                assert set(piece) == {"index", "id", "type", "function"} and piece["type"] == "function"
+                assert set(piece["function"]) == {"name", "arguments"}
+                calls.append({"id": piece["id"], "type": "function", "function": dict(piece["function"])})
+            else:
+                assert piece["index"] == len(calls) - 1 and set(piece) == {"index", "function"}
+                assert set(piece["function"]) == {"arguments"}
+                calls[-1]["function"]["arguments"] += piece["function"]["arguments"]
+        message["finish_reason"] = choice["finish_reason"]
+        assert ("stop_reason" in choice) == (choice["finish_reason"] is not None)
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def what_is_said(message: dict[str, Any]) -> dict[str, Any]:
+    """What a whole or joined message says: reasoning, content, calls without their random ids."""
+    found = {name: message[name] for name in ("reasoning", "content") if message.get(name) is not None}
+    if "tool_calls" in message:
+        assert all(call["id"] and call["type"] == "function" for call in message["tool_calls"])
+        found["calls"] = [(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
+    return found
+
+
+@pytest.fixture
+def joined() -> Callable[..., dict[str, Any]]:
+    return join_chunks
+
+
+@pytest.fixture
+def said() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return what_is_said

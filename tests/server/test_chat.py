@@ -128,14 +128,14 @@ def test_template_options_reach_the_template(serve):
         body = {
             "messages": MESSAGES, "add_generation_prompt": False, "continue_final_message": True,
             "documents": [{"title": "t"}], "chat_template_kwargs": {"b": 2}, "reasoning_effort": "none",
-            "tools": [{"type": "function"}], "tool_choice": "none",
+            "tools": [{"function": {"name": "f", "x": 1}}], "tool_choice": "none",
         }  # fmt: skip
         status, answer = await client.post(PATH, body)
         assert status == 200, answer
         messages, options = engine.rendered[0]
         assert messages == MESSAGES
         assert options == {
-            "tools": [{"type": "function"}],
+            "tools": [{"function": {"name": "f", "x": 1}}],
             "documents": [{"title": "t"}],
             "add_generation_prompt": False,
             "continue_final_message": True,

@@ -98,7 +98,9 @@ def test_max_model_len_takes_words_and_minus_one(text, value):
         (["serve", "m", "--max-lora-rank", "2"], "not supported yet: --max-lora-rank"),
         (["serve", "--max_lora_rank", "2", "m"], "not supported yet: --max-lora-rank"),
         (["serve", "m", "-dcp", "2"], "not supported yet: -dcp"),
-        (["serve", "m", "--speculative-config.method=mtp"], "not supported yet: --speculative-config"),
+        (["serve", "m", "--kv-transfer-config.kv_role=both"], "not supported yet: --kv-transfer-config"),
+        (["serve", "m", "-sc", "mtp"], "not JSON"),
+        (["serve", "m", "--spec-tokens", "x"], "--spec-tokens"),
         (["serve", "m", "--no-enable-lora"], "not supported yet: --no-enable-lora"),
         (["serve", "m", "--port", "x"], "--port"),
         (["serve", "m", "--dtype", "int3"], "--dtype: invalid choice: 'int3'"),
@@ -136,11 +138,38 @@ def test_a_failure_is_one_line_and_status_1(capsys):
         (["-O3"], {"mode": 3}),
         (["-O", '{"cudagraph_mode": "FULL"}'], {"cudagraph_mode": "FULL"}),
         (["--compilation-config.mode=0"], {"mode": 0}),
+        (["--compilation_config.cudagraph_mode=NONE"], {"cudagraph_mode": "NONE"}),
         (["-cc.mode", "0", "-cc.cudagraph_mode", "NONE"], {"mode": 0, "cudagraph_mode": "NONE"}),
     ],
 )
 def test_compilation_config_is_spelt_as_in_vllm(words, value):
     assert engine_args(parse_serve("m", *words)).compilation_config == value
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 2}'], {"num_speculative_tokens": 2}),
+        (["-sc", '{"method": "mtp"}'], {}),
+        (["-sc.method=mtp", "--speculative_config.num_speculative_tokens", "2"], {"num_speculative_tokens": 2}),
+        (["--spec-method", "mtp", "--spec-tokens", "3"], {"num_speculative_tokens": 3}),
+        (["--spec-tokens=3", "-sc", '{"method": "mtp", "adaptive_depth": false}'],
+         {"num_speculative_tokens": 3, "adaptive_depth": False}),
+    ],
+)  # fmt: skip
+def test_speculative_config_is_spelt_as_in_vllm(words, value):
+    assert engine_args(parse_serve("m", *words)).speculative_config == {"method": "mtp", **value}
+
+
+def test_a_draft_model_is_named_by_a_flag_of_its_own():
+    args = engine_args(parse_serve("m", "--spec-model", "draft", "--spec-tokens", "2"))
+    assert args.speculative_config == {"model": "draft", "num_speculative_tokens": 2}
+
+
+def test_two_flags_that_differ_are_refused():
+    arguments = parse_serve("m", "--spec-tokens", "2", "-sc", '{"method": "mtp", "num_speculative_tokens": 3}')
+    with pytest.raises(ValueError, match=r"spec_tokens and speculative_config\.num_speculative_tokens.*: 2 and 3"):
+        engine_args(arguments)
 
 
 def test_a_failure_is_a_traceback_at_debug_level():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
@@ -107,6 +108,19 @@ def test_the_times_of_a_request_are_in_its_answer_and_in_the_usage_chunk(serve, 
         events = await client.events(path, {**BODIES[path], "stream_options": {"include_usage": True}})
         assert events[-2]["metrics"] == whole["metrics"]
         assert all("metrics" not in event for event in events[:-2])
+
+    serve(scenario, enable_per_request_metrics=True)
+
+
+@PATHS
+def test_the_drafts_of_a_request_are_in_its_answer_where_there_were_any(serve, path):
+    async def scenario(client, engine):
+        engine.stats = dataclasses.replace(STATS, num_draft_tokens=9, num_accepted_tokens=0)
+        _, whole = await client.post(path, BODIES[path])
+        assert (whole["metrics"]["num_draft_tokens"], whole["metrics"]["num_accepted_tokens"]) == (9, 0)
+        engine.stats = STATS
+        _, whole = await client.post(path, BODIES[path])
+        assert not any("draft" in name or "accepted" in name for name in whole["metrics"])
 
     serve(scenario, enable_per_request_metrics=True)
 

@@ -39,11 +39,15 @@ class FakeServer:
         self.num_open = 0
         self.url = ""
         self.port = 0
+        self.drafts = None  # counters of speculation, each request adding to them; None: without it
+        self.metrics_status = 200
+        self.metrics_headers = []
         self._words = {}
 
     def app(self):
         app = web.Application(client_max_size=2**24)
         app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/metrics", self.metrics)
         app.router.add_post("/v1/completions", self.complete)
         app.router.add_post("/v1/chat/completions", self.complete)
         app.router.add_post("/tokenize", self.tokenize)
@@ -53,6 +57,13 @@ class FakeServer:
     async def models(self, request):
         self.headers.append(request.headers.copy())  # keeps ignoring case
         return web.json_response({"object": "list", "data": [{"id": MODEL, "owned_by": self.owner, "root": None}]})
+
+    async def metrics(self, request):
+        self.metrics_headers.append(request.headers.copy())
+        text = "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0.0\n"
+        for name, value in (self.drafts or {}).items():
+            text += f"vllm:spec_decode_num_{name} {value}.0\n"
+        return web.Response(text=text, status=self.metrics_status)
 
     async def tokenize(self, request):
         if not self.tokenizes:
@@ -129,6 +140,12 @@ class FakeServer:
                 await asyncio.sleep(self.seconds_between)
             sent += self.tokens_per_chunk
             await send(chunk("w " * self.tokens_per_chunk, "length" if sent >= number else None))
+        if self.drafts is not None:
+            for name, value in (
+                ("drafts_total", 2), ("draft_tokens_total", 6), ("accepted_tokens_total", 3),
+                ('accepted_tokens_per_pos_total{position="0"}', 2), ('accepted_tokens_per_pos_total{position="1"}', 1),
+            ):  # fmt: skip
+                self.drafts[name] = self.drafts.get(name, 0) + value
         if behaviour != "no_usage":
             prompt = body.get("prompt")
             counted = len(prompt) if isinstance(prompt, list) else 77

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from omni_engine.engine.config import EngineArgs
+from omni_engine.engine.config import DEMO_MODEL, EngineArgs
 from omni_engine.engine.outputs import CompletionOutput, RequestOutput
 from omni_engine.server.arguments import engine_args
 from omni_engine.server.bench.latency import latency_parser, latency_result
@@ -163,3 +163,57 @@ def test_importing_the_benchmarks_brings_no_torch():
     code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+SPECULATING = ("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 2, "adaptive_depth": false}')
+DRAFT_KEYS = [
+    "spec_decode_acceptance_rate", "spec_decode_acceptance_length", "spec_decode_num_drafts",
+    "spec_decode_draft_tokens", "spec_decode_accepted_tokens", "spec_decode_per_position_acceptance_rates",
+]  # fmt: skip
+
+
+@pytest.fixture
+def demo_bench(capsys, tmp_path):
+    """As `bench`, of the demo with two drafts per step."""
+
+    def bench(command, *words):
+        file = tmp_path / "result.json"
+        flags = ["--disable-tqdm", "--output-json", str(file), *SPECULATING, "--max-num-seqs", "4", "--device", "cpu"]
+        assert main(["bench", command, str(DEMO_MODEL), *flags, *words]) == 0
+        return capsys.readouterr().out, json.loads(file.read_text())
+
+    return bench
+
+
+@pytest.mark.parametrize("mode", [(), ("--async-engine",)], ids=["embedded", "async"])
+def test_throughput_tells_what_the_drafts_of_the_measured_prompts_came_to(demo_bench, mode):
+    words = ("--num-prompts", "2", "--input-len", "12", "--output-len", "9", "--num-warmups", "2", *mode)
+    out, result = demo_bench("throughput", *words)
+    assert list(result)[-6:] == DRAFT_KEYS
+    # Per request the prompt brings a token, and each step those it accepts and one more, but for the last perhaps.
+    drafts, accepted = result["spec_decode_num_drafts"], result["spec_decode_accepted_tokens"]
+    assert 2 * 8 <= drafts + accepted <= 2 * 9
+    assert 2 * drafts - 2 <= result["spec_decode_draft_tokens"] <= 2 * drafts
+    assert result["spec_decode_acceptance_length"] == 1 + accepted / drafts
+    assert f"{'Drafts:':<40} {drafts:<10}" in out.splitlines()
+
+
+def test_latency_tells_what_the_drafts_of_the_measured_batches_came_to(demo_bench):
+    words = ("--num-iters", "2", "--num-iters-warmup", "3", "--batch-size", "2", "--output-len", "9")
+    out, result = demo_bench("latency", *words)
+    assert list(result)[-6:] == DRAFT_KEYS
+    drafts, accepted = result["spec_decode_num_drafts"], result["spec_decode_accepted_tokens"]
+    assert 2 * 2 * 8 <= drafts + accepted <= 2 * 2 * 9
+    assert sum(result["spec_decode_per_position_acceptance_rates"]) * drafts == pytest.approx(accepted)
+    assert out.splitlines()[7] == "Speculative Decoding".center(50, "-")
+
+
+def test_startup_takes_a_drafter(demo_bench):
+    words = ("--num-iters-cold", "1", "--num-iters-warmup", "0", "--num-iters-warm", "1", "--max-model-len", "64")
+    assert demo_bench("startup", *words)[1]["warm_startup_times"][0] > 0.3
+
+
+def test_a_model_that_cannot_draft_is_refused_by_name(path, capsys):
+    for command in ("throughput", "latency", "startup"):
+        assert main(["bench", command, path, "--disable-tqdm", *SPECULATING]) == 1
+        assert "needs an architecture with a prediction layer" in capsys.readouterr().err, command

@@ -9,11 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from omni_engine.engine.config import EngineArgs, EngineConfig
+from omni_engine.engine.config import DEMO_MODEL, EngineArgs, EngineConfig
 from omni_engine.engine.decode_loop import SAMPLING, StepTimes
-from omni_engine.engine.floor import Floor, MachineRates, StepCost, decode_cost
-from omni_engine.server.bench.graph import _steps_until_compiled, bench_config, graph_parser, loop_steps
-from omni_engine.server.bench.graph_report import GearTimes, graph_plot, graph_result, graph_tables
+from omni_engine.engine.floor import (
+    Floor,
+    MachineRates,
+    StepCost,
+    decode_cost,
+    draft_model_cost,
+    prediction_cost,
+)
+from omni_engine.engine.graph_runner import CaptureReport, GraphKey
+from omni_engine.server.bench.graph import _steps_until_compiled, bench_config, graph_parser, loop_steps, step_cost
+from omni_engine.server.bench.graph_report import GearTimes, graph_plot, graph_result, graph_tables, sum_reports
 from omni_engine.server.bench.host import host_result, host_table
 from omni_engine.server.cli import main
 
@@ -280,3 +288,132 @@ def test_importing_these_benchmarks_brings_no_torch():
     code = f"import sys; from omni_engine.server.bench import {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def speculating(method="mtp", count=3, **rest):
+    return json.dumps({"method": method, "num_speculative_tokens": count, **rest})
+
+
+def config_of(path, *words):
+    arguments = graph_parser().parse([path, "--batch-sizes", "800", "--context-len", "20", "--num-steps", "4", *words])
+    arguments.model = path
+    return bench_config(arguments), arguments
+
+
+def test_limits_fit_steps_whose_drafts_are_all_accepted():
+    config, arguments = config_of(str(DEMO_MODEL), "--speculative-config", speculating())
+    length = 20 + 4 * loop_steps(arguments) + 2
+    assert (config.max_model_len, config.max_num_batched_tokens) == (length, 4 * 800)
+    assert config.args.num_gpu_blocks_override == 800 * -(-length // 16) + 1
+    assert config.speculation.choice.depths == (3,)  # one depth, and graphs for it alone
+
+
+def test_depths_that_change_are_refused(capsys):
+    for command in ("graph", "host"):
+        config = speculating(adaptive_depth=True)
+        words = ["bench", command, *([str(DEMO_MODEL)] if command == "graph" else []), "--speculative-config", config]
+        assert main(words) == 1
+        assert "times steps of one depth" in capsys.readouterr().err
+    config_of(str(DEMO_MODEL), "--speculative-config", speculating(adaptive_depth=False))
+
+
+def test_each_method_has_its_own_floor(config_only):
+    demo = str(DEMO_MODEL)
+    plain = config_of(demo)[0]
+    mtp = config_of(demo, "--speculative-config", speculating())[0]
+    ngram = config_of(demo, "--speculative-config", speculating("ngram", prompt_lookup_max=3))[0]
+    words = ("--load-format", "dummy", "--speculative-config", speculating("draft_model", 2, model=config_only))
+    other = config_of(config_only, *words)[0]
+    model = plain.model
+    assert step_cost(plain, 4, 30.0, 1.0) == decode_cost(model, 4, 30.0)
+    assert step_cost(ngram, 4, 30.0, 1.5) == decode_cost(model, 4, 30.0, 4)
+    assert step_cost(mtp, 4, 30.0, 1.5) == decode_cost(model, 4, 30.0, 4) + prediction_cost(model, 4, 30.0, 3, 0.5)
+    own = draft_model_cost(other.model, 4, 30.0, 2, 0.5)
+    assert step_cost(other, 4, 30.0, 1.5) == decode_cost(other.model, 4, 30.0, 3) + own
+
+
+def test_a_step_of_two_graphs_waits_for_both_and_adds_them_up():
+    graphs = SlowGraphs(2, 9)
+    arguments = graph_parser().parse(["m", "--disable-tqdm", "--num-steps", "2", "--num-steps-warmup", "0"])
+    timed = SimpleNamespace(graphs=graphs, bypassed=False)
+
+    def step():
+        graphs.num_steps += 1
+        return graphs.num_steps
+
+    loop = SimpleNamespace(step=step)
+    steps = _steps_until_compiled(timed, {1: 1}, lambda size: loop, arguments, [2, None])
+    assert len(steps[1]) == 9  # until the second one was there
+    keys = GraphKey(1, 4, "split"), GraphKey(1, 4, "draft")
+    reports = [CaptureReport(keys[0], 5.0, True, 30.0, 100), CaptureReport(keys[1], 7.0, False, 12.0, 50)]
+    assert sum_reports(reports) == CaptureReport(keys[0], 7.0, False, 42.0, 150)
+    assert sum_reports(reports[:1]) is reports[0]
+
+
+@pytest.mark.parametrize("sampler", SAMPLING)
+def test_bench_graph_of_steps_with_drafts(tmp_path, capsys, monkeypatch, sampler):
+    rates = MachineRates(1e9, 2e9, "float32", "a CPU", 1)
+    monkeypatch.setattr("omni_engine.engine.machine_rates.measure_machine_rates", lambda device, dtype: rates)
+    file = tmp_path / "result.json"
+    words = ["--batch-sizes", "1,2", "--context-len", "24", "--num-steps", "3", "--num-steps-warmup", "1", "--device"]
+    words += ["cpu", "--graph-backend", "eager", "--sampler", sampler, "--skip-tokenizer-init", "--disable-tqdm"]
+    words += ["--output-json", str(file), "--speculative-config", speculating(count=2)]
+    assert main(["bench", "graph", str(DEMO_MODEL), *words]) == 0
+    result = json.loads(file.read_text())
+    assert (result["method"], result["num_drafts"]) == ("mtp", 2)
+    model = EngineConfig.from_args(EngineArgs(str(DEMO_MODEL))).model
+    for row in result["results"]:
+        brought, size = row["tokens_per_step"], row["batch_size"]
+        assert 1 <= brought <= 3
+        assert row["graph"] is not None and row["graph_ms"] is not None
+        assert row["ms_per_token"] == pytest.approx(row["graph_ms"]["median"] / brought)
+        assert row["tokens_per_second"] == pytest.approx(size * brought / row["engine_ms"] * 1e3)
+        for name, value in row["host_us"].items():
+            assert row["host_us_per_token"][name] == pytest.approx(value / brought)
+        # with the first layer's dense weights and all but the experts' the same, whatever the context
+        cost = decode_cost(model, size, 24, 3) + prediction_cost(model, size, 24, 2)
+        assert row["weight_bytes"] == pytest.approx(cost.weight_bytes)
+        assert row["kv_bytes"] > cost.kv_bytes  # the context has grown
+        bytes_ = row["weight_bytes"] + row["kv_bytes"] + row["other_bytes"]
+        assert row["floor_ms"] == pytest.approx(1e3 * max(bytes_ / 1e9, row["flops"] / 2e9))
+    out = capsys.readouterr().out
+    assert "Speculation: mtp; each step computes 3 tokens of a request, 2 of them drafts, and drafts 2 more" in out
+    assert "tokens/step" in out and "The same for each token that a step brought a request" in out
+
+
+def test_without_speculation_the_result_says_nothing_of_it(config_only, tmp_path, capsys, monkeypatch):
+    rates = MachineRates(1e9, 2e9, "float32", "a CPU", 1)
+    monkeypatch.setattr("omni_engine.engine.machine_rates.measure_machine_rates", lambda device, dtype: rates)
+    file = tmp_path / "result.json"
+    words = ["--batch-sizes", "1", "--context-len", "24", "--num-steps", "2", "--num-layers", "1", "--graph-backend"]
+    words += ["eager", "--skip-tokenizer-init", "--output-json", str(file), "--disable-tqdm", "--device", "cpu"]
+    assert main(["bench", "graph", config_only, *words]) == 0
+    result = json.loads(file.read_text())
+    assert list(result) == [
+        "model_id", "num_layers", "dtype", "backend", "sampler", "context_len", "num_steps", "machine", "results",
+    ]  # fmt: skip
+    (row,) = result["results"]
+    assert not any("token" in name and name != "tokens_per_second" for name in row)
+    assert row["tokens_per_second"] == pytest.approx(1e3 / row["engine_ms"])
+    assert "peculation" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("method", "rest"), [("mtp", {}), ("ngram", {"prompt_lookup_max": 3})])
+def test_bench_host_of_steps_with_drafts(tmp_path, capsys, method, rest):
+    file = tmp_path / "result.json"
+    words = ["--batch-sizes", "1,5", "--num-steps", "20", "--num-steps-warmup", "2", "--disable-tqdm"]
+    words += ["--speculative-config", speculating(method, **rest), "--output-json", str(file)]
+    assert main(["bench", "host", *words]) == 0
+    result = json.loads(file.read_text())
+    assert result["speculative_config"]["method"] == method
+    for row in result["results"]:
+        assert row["tokens_per_step"] == 4
+        assert row["total_us_per_token"] == row["total_us"] / 4
+        assert row["rows_us_per_token"] == {name: value / 4 for name, value in row["rows_us"].items()}
+    assert "Per token of a request (4 in a step)" in capsys.readouterr().out
+
+
+def test_bench_host_needs_no_model_that_drafts(capsys):
+    config = speculating("draft_model", model="x")
+    assert main(["bench", "host", "--speculative-config", config]) == 1
+    assert "take one of them as the method of --speculative-config: draft_model" in capsys.readouterr().err

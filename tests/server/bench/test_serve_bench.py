@@ -263,7 +263,49 @@ def test_sharegpt_cannot_be_token_ids(server, bench, tmp_path):
 def test_the_benchmarks_are_listed(capsys):
     assert main(["bench", "--help"]) == 0
     overview = capsys.readouterr().out
-    assert all(name in overview for name in ("serve", "throughput", "latency", "startup", "graph", "host"))
+    assert all(
+        name in overview for name in ("serve", "throughput", "latency", "startup", "graph", "host", "speculative")
+    )
     assert main(["bench"]) == 2
     assert main(["bench", "sweep"]) == 2
-    assert "choose from serve, throughput, latency, startup, graph, host: sweep" in capsys.readouterr().err
+    assert "choose from serve, throughput, latency, startup, graph, host, speculative: sweep" in capsys.readouterr().err
+
+
+def test_what_the_servers_drafts_came_to_is_told(server, bench, tmp_path):
+    server.drafts = {"drafts_total": 100, "draft_tokens_total": 300, "accepted_tokens_total": 10}
+    path = tmp_path / "result.json"
+    words = ("--num-prompts", "4", "--num-warmups", "3", "--save-result", "--result-filename", str(path))
+    out = bench(*words)[1]
+    block = out[out.index("Speculative Decoding".center(50, "-")) :].splitlines()
+    assert [line.split(":")[1].strip() for line in block[1:6]] == ["50.00", "2.50", "8", "24", "12"]
+    assert block[6:] == [
+        "Per-position acceptance (%):", f"{'  Position 0:':<40} {'100.00':<10}", f"{'  Position 1:':<40} {'50.00':<10}",
+        "=" * 50,
+    ]  # fmt: skip
+    result = json.loads(path.read_text())
+    assert (result["spec_decode_num_drafts"], result["spec_decode_draft_tokens"]) == (8, 24)
+    assert result["spec_decode_per_position_acceptance_rates"] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("why", ["no speculation", "no metrics", "no drafts"])
+def test_without_drafts_nothing_is_told_of_them(server, bench, tmp_path, why):
+    if why == "no metrics":
+        server.drafts, server.metrics_status = {"drafts_total": 1}, 404
+    path = tmp_path / "result.json"
+    if why == "no drafts":
+        server.drafts, server.default_behaviour = {"drafts_total": 1, "draft_tokens_total": 3}, "no_end"
+    out = bench("--num-prompts", "2", "--save-result", "--result-filename", str(path))[1]
+    assert "Speculative" not in out
+    assert not any(name.startswith("spec_decode") for name in json.loads(path.read_text()))
+
+
+def test_the_metrics_are_asked_for_with_the_key(server, bench, monkeypatch):
+    server.drafts = {}
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    main(["bench", "serve", "--port", str(server.port), *SHORT, "--num-prompts", "1"])
+    assert [headers.get("Authorization") for headers in server.metrics_headers] == ["Bearer secret"] * 2
+
+
+def test_speculation_is_asked_of_the_server_and_not_of_its_client(capsys):
+    answer = usage_error(capsys, "--speculative-config", '{"method": "mtp"}')
+    assert "start `omni-engine serve` with this flag" in answer
