@@ -42,7 +42,7 @@ class EngineCore:
         """Load weights and allocate the cache; raises with a message that says what to change. `acceptance_rates`, for
         benchmarks only: drafts are accepted by lot, and the tokens mean nothing."""
         parts = load_core_parts(config, timer or PhaseTimer(), acceptance_rates)
-        info = CoreInfo(parts.max_model_len, parts.num_blocks, config.block_size)
+        info = CoreInfo(parts.max_model_len, parts.num_blocks, parts.runner.block_size)
         return cls(parts.scheduler, parts.runner, info, overlap=config.args.async_scheduling)
 
     def add(self, request: RequestInput) -> list[RequestUpdate]:

@@ -84,17 +84,19 @@ class DecodeStep(nn.Module):
         caches: list[tuple[Tensor, ...]],
         handoff: tuple[Tensor, ...] = (),
         memory: tuple[Tensor, ...] = (),
+        lengths: list[int] | None = None,
     ) -> Tensor:
         """rows int64 [n], padded with the null row -> what `verify` gives the host, or with `split` logits float32
         [n * (1 + num_drafts), vocab]. `tensors` are those of a `RowState`, as the plain tuple that exporters know,
-        `handoff` those of a `Handoff`, which `split` with a drafter writes, and `memory` the drafter's own.
+        `handoff` those of a `Handoff`, which `split` with a drafter writes, and `memory` the drafter's own. `lengths`
+        as in `decode_context`.
 
         Mutates the caches and, unless `split`, `last_token`, `position` and `drafts` of the rows.
         """
         state = RowState(*tensors)
         block_size = caches[0][0].shape[1]
         tokens_per_request = 1 + self.num_drafts
-        context = decode_context(state, rows, state.position[rows], tokens_per_request, block_size)
+        context = decode_context(state, rows, state.position[rows], tokens_per_request, block_size, lengths)
         drafts = draft_window(state, rows, context, self.num_drafts, block_size)
         input_ids = window_ids(state, rows, drafts)
         own = caches if self.drafter is None else caches[: len(caches) - self.drafter.num_caches]
@@ -132,12 +134,13 @@ class DraftStep(nn.Module):
         caches: list[tuple[Tensor, ...]],
         handoff: tuple[Tensor, ...],
         memory: tuple[Tensor, ...],
+        lengths: list[int] | None = None,
     ) -> Tensor:
         """As `DecodeStep.forward` -> the drafts, int64 [n, num_drafts]. Mutates the drafter's caches, and `drafts`."""
         state, buffers = RowState(*tensors), Handoff(*handoff)
         tokens_per_request = 1 + self.num_drafts
         first = (state.position[rows] - buffers.accepted - 1).clamp(min=0)  # 0 for the null row
-        context = decode_context(state, rows, first, tokens_per_request, caches[0][0].shape[1])
+        context = decode_context(state, rows, first, tokens_per_request, caches[0][0].shape[1], lengths)
         token_rows = repeated(rows, tokens_per_request)
         last = torch.arange(rows.shape[0], device=rows.device) * tokens_per_request + buffers.accepted
         tokens = StepTokens(rows, token_rows, context, buffers.input_ids, buffers.sampled, buffers.hidden, last)

@@ -13,7 +13,8 @@ GRAPH_BACKENDS = ("auto", "eager", "inductor", "cudagraph", "torchair", "npugrap
 NPU_BACKENDS = ("torchair", "npugraph_ex")
 # Six sizes, so that a first start compiles for minutes and not for an hour; a step of 3 costs about what one of 4 does.
 CPU_GEARS = (1, 4, 8, 16, 32, 64)
-MAX_CPU_GEARS = 6
+NPU_GEARS = (1, 4, 8, 16, 32, 64)  # as many, as the graph engine compiles for minutes too
+MAX_COMPILED_GEARS = 6
 GPU_GEARS = (1, 2, 4, *range(8, 257, 8))
 MAX_GEAR = 4096
 _KEYS = ("mode", "level", "cudagraph_mode", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "cache_dir")
@@ -78,11 +79,6 @@ def choose_graphs(args: GraphArgs) -> GraphChoice:
     eager = args.enforce_eager or mode == 0 or full == "NONE"
     if args.require_graph and eager:
         raise ValueError("require_graph contradicts enforce_eager, mode 0 and cudagraph_mode NONE; drop one: True")
-    if backend in NPU_BACKENDS and not eager:
-        raise ValueError(
-            "this graph_backend needs the extra omni-engine[npu], which does not exist yet; use auto, inductor, "
-            f"cudagraph or eager: {backend}"
-        )
     return GraphChoice(
         enabled=not eager,
         backend=backend,
@@ -97,7 +93,7 @@ def choose_graphs(args: GraphArgs) -> GraphChoice:
 class GraphConfig:
     """The graphs of one rank. No gears: every step is eager."""
 
-    backend: str  # eager | inductor | cudagraph
+    backend: str  # eager | inductor | cudagraph | torchair | npugraph_ex
     gears: tuple[int, ...]
     required: bool = False
 
@@ -106,13 +102,15 @@ def resolve_graphs(choice: GraphChoice, device_type: str, max_num_seqs: int) -> 
     """The backend and the gears on this device; ValueError where the device has no such backend."""
     backend = choice.backend
     if backend == "auto":
-        backend = "cudagraph" if device_type == "cuda" else "inductor"
+        backend = {"cuda": "cudagraph", "npu": "torchair"}.get(device_type, "inductor")
     if not choice.enabled:
         return GraphConfig(backend, ())
     if backend == "cudagraph" and device_type != "cuda":
         raise ValueError(f"graph_backend cudagraph needs an NVIDIA GPU; use inductor or auto on: {device_type}")
     if backend == "inductor" and device_type != "cpu":
-        raise ValueError(f"graph_backend inductor is for the CPU; use cudagraph or auto on: {device_type}")
+        raise ValueError(f"graph_backend inductor is for the CPU; use auto on: {device_type}")
+    if backend in NPU_BACKENDS and device_type != "npu":
+        raise ValueError(f"graph_backend {backend} needs an Ascend NPU; use auto on: {device_type}")
     largest = min(choice.largest or max_num_seqs, max_num_seqs)
     if choice.gears is not None:
         too_large = [gear for gear in choice.gears if gear > max_num_seqs]
@@ -122,12 +120,12 @@ def resolve_graphs(choice: GraphChoice, device_type: str, max_num_seqs: int) -> 
                 f"{too_large[0]}"
             )
         return GraphConfig(backend, tuple(gear for gear in choice.gears if gear <= largest), choice.required)
-    defaults = GPU_GEARS if device_type == "cuda" else CPU_GEARS
+    defaults = {"cuda": GPU_GEARS, "npu": NPU_GEARS}.get(device_type, CPU_GEARS)
     gears = [gear for gear in defaults if gear <= largest]
     if largest < defaults[-1] and largest not in gears:
         gears.append(largest)  # a batch that is as large as it gets has its graph
-    if device_type == "cpu" and len(gears) > MAX_CPU_GEARS:
-        gears = [*gears[: MAX_CPU_GEARS - 1], gears[-1]]
+    if device_type != "cuda" and len(gears) > MAX_COMPILED_GEARS:
+        gears = [*gears[: MAX_COMPILED_GEARS - 1], gears[-1]]
     return GraphConfig(backend, tuple(gears), choice.required)
 
 

@@ -18,10 +18,10 @@ from ..ops.table import npu_table
 from .build import Models, build_models, cache_spec, make_drafting
 from .config import EngineConfig
 from .graph_runner import GraphKey, GraphRunner
-from .row_state import RowTable
+from .npu_limits import check_npu, npu_block_size
+from .row_state import RowTable, table_width
 
 DEVICE = "npu:0"
-BLOCK_SIZE = 128  # what every attention operator takes, with one token per request and with more
 NUM_BLOCKS = 16  # a graph does not depend on how many there are but for the caches' first size
 
 
@@ -49,9 +49,10 @@ class LoweredStep:
 def lower_step(config: EngineConfig, key: GraphKey) -> LoweredStep:
     """Lowers the program of a gear twice with the same buffers, as two steps would call it. The weights are memory that
     nobody has written. Raises ValueError where there is not one graph for both, and what tracing raises."""
+    check_npu(config)
     device = torch.device(DEVICE)
     library.load(device)
-    block_size = config.args.block_size or BLOCK_SIZE
+    block_size = npu_block_size(config)
     max_model_len = config.max_model_len or config.model.derived_max_model_len
     models = build_models(config, device)
     models.pack()
@@ -60,7 +61,7 @@ def lower_step(config: EngineConfig, key: GraphKey) -> LoweredStep:
     num_drafts = 0 if drafting is None else drafting.num_drafts
     spec = cache_spec(config)
     caches = allocate_kv_tensors(spec, NUM_BLOCKS, block_size, device)
-    table = RowTable(key.num_requests, -(-max_model_len // block_size), device, num_drafts)
+    table = RowTable(key.num_requests, table_width(max_model_len, num_drafts, block_size), device, num_drafts)
     runner = GraphRunner(models.decoder, table.state, caches, drafting)
     runner.allocate((key.num_requests,))
     program, inputs = runner.program(key), tuple(runner.inputs(key))

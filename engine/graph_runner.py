@@ -106,6 +106,7 @@ class GraphRunner:
         self.reports: dict[GraphKey, CaptureReport] = {}
         self.num_replayed: Counter[GraphKey] = Counter()
         self.num_eager = 0
+        self.lengths: list[int] = []  # as in `decode_context`, of the step being launched, where it was told
         self.kernels: threading.Thread | None = None  # that builds the ops' faster bodies, if they are not there yet
         self._ready: dict[GraphKey, Graph] = {}
         self._padded = np.full(0, self.null_row, np.int64)
@@ -187,9 +188,12 @@ class GraphRunner:
         if self.backend is not None:
             self.backend.close()
 
-    def replay(self, sampler: str, rows: np.ndarray, num_blocks: int, num_drafts: int = 0) -> Tensor:
+    def replay(
+        self, sampler: str, rows: np.ndarray, num_blocks: int, num_drafts: int = 0, lengths: list[int] | None = None
+    ) -> Tensor:
         """One decode step of `rows` (int64 [n], distinct), each with `num_drafts` drafts and at most `num_blocks`
-        blocks; or with the sampler DRAFT, the drafts that follow a `split` step of the same rows.
+        blocks; or with the sampler DRAFT, the drafts that follow a `split` step of the same rows. `lengths` as in
+        `decode_context`, where the device's attention takes numbers.
 
         Returns what the program does, for these rows: `DecodeStep` or `DraftStep`.
         """
@@ -200,19 +204,26 @@ class GraphRunner:
             if key is not None and self.backend is not None:
                 self.backend.demand(key)
             self.num_eager += sampler != DRAFT
-            return self.run_eager(sampler, rows, num_blocks, num_drafts)
+            return self.run_eager(sampler, rows, num_blocks, num_drafts, lengths)
         padded = self._padded[: key.num_requests]
         padded[:count] = rows
         padded[count:] = self.null_row
         self._rows[: key.num_requests].copy_(torch.from_numpy(padded))
+        if lengths is not None:
+            self.lengths = lengths + [key.tokens_per_request] * (key.num_requests - count)
         self.num_replayed[key] += 1
         return graph()[: count * (key.tokens_per_request if sampler == "split" else 1)]
 
-    def run_eager(self, sampler: str, rows: np.ndarray, num_blocks: int, num_drafts: int = 0) -> Tensor:
+    def run_eager(
+        self, sampler: str, rows: np.ndarray, num_blocks: int, num_drafts: int = 0, lengths: list[int] | None = None
+    ) -> Tensor:
         """The same step without a graph and without padding, over no more of the block table than it needs."""
-        state = self.state._replace(block_table=self.state.block_table[:, :num_blocks])
+        # Drafts that have no block lie behind the last one; attention that takes numbers is told of them.
+        width = num_blocks if lengths is None or not num_drafts else num_blocks + 1
+        state = self.state._replace(block_table=self.state.block_table[:, :width])
         index = torch.from_numpy(rows).to(self.state.position.device)
-        return self._program(sampler, num_drafts)(*self._inputs(index, tuple(state), 1 + num_drafts, sampler))
+        inputs = self._inputs(index, tuple(state), 1 + num_drafts, sampler)
+        return self._program(sampler, num_drafts)(*inputs, lengths)
 
 
 class GraphsFromTheStart:

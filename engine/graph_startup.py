@@ -8,23 +8,28 @@ import hashlib
 import logging
 import platform
 import threading
+from typing import Any
 
 import msgspec
 import torch
 
 from ..kvcache.tensors import allocate_kv_tensors
 from ..models.parallel import ParallelLayout
+from ..ops.cache_folder import cache_root
 from ..ops.cpu.build import KernelsUnavailable, chosen_form, cpu_features, is_built
-from ..ops.table import cpu_table, cuda_table
+from ..ops.npu import library
+from ..ops.table import cpu_table, cuda_table, npu_table
 from .build import Models, build_models, cache_spec, make_drafting
 from .config import EngineConfig
 from .graph_cache import GraphCache, GraphCacheError
-from .graph_config import choose_graphs, resolve_graphs
-from .graph_key import GraphShape, installed_versions
+from .graph_config import NPU_BACKENDS, GraphChoice, GraphConfig, choose_graphs, resolve_graphs
+from .graph_key import CacheKey, GraphShape, installed_versions
 from .graph_runner import CudaGraphs, EagerGraphs, GraphRunner
 from .graph_supply import GraphError, InductorGraphs, SupplyPlan
 from .graph_worker import WorkerJob
-from .row_state import RowTable
+from .npu_graphs import NpugraphExGraphs, TorchairGraphs
+from .npu_limits import check_lengths_known
+from .row_state import RowTable, table_width
 from .speculation import Speculation
 
 logger = logging.getLogger(__name__)
@@ -46,12 +51,16 @@ def start_graphs(
         models.bind(cuda_table())
     choice = choose_graphs(config.args)
     chosen = resolve_graphs(choice, device.type, shape.max_num_seqs)
+    if device.type == "npu":
+        models.bind(npu_table(with_hints=chosen.backend == TorchairGraphs.name))
     if not chosen.gears:
         return
     if chosen.backend == "eager":
         graphs.use(EagerGraphs(), chosen.gears)
     elif chosen.backend == "cudagraph":
         graphs.use(CudaGraphs(), chosen.gears)
+    elif chosen.backend in NPU_BACKENDS:
+        graphs.use(_npu_graphs(config, shape, choice, chosen, acceptance_rates), chosen.gears)
     else:
         try:
             cache = GraphCache(choice.cache_dir)
@@ -63,6 +72,25 @@ def start_graphs(
             logger.warning("there will be no compiled graphs, steps run eager: %s", error)
             return
         graphs.use(backend, chosen.gears)
+
+
+def _npu_graphs(
+    config: EngineConfig,
+    shape: GraphShape,
+    choice: GraphChoice,
+    chosen: GraphConfig,
+    acceptance_rates: tuple[float, ...] | None,
+) -> TorchairGraphs | NpugraphExGraphs:
+    """Raises ValueError where a backend cannot hold the model's steps."""
+    if chosen.backend == NpugraphExGraphs.name:
+        check_lengths_known(config)
+        return NpugraphExGraphs(chosen.required)
+    fields = {**_key_fields(config, shape, TorchairGraphs.name, acceptance_rates), **library.versions()}
+    return TorchairGraphs(
+        cache_root() if choice.cache_dir is None else choice.cache_dir,
+        lambda key: CacheKey({**fields, **key._asdict()}),
+        chosen.required,
+    )
 
 
 def build_kernels() -> None:
@@ -91,20 +119,9 @@ def _bind_kernels(models: Models, graphs: GraphRunner) -> None:
 def _supply_plan(
     config: EngineConfig, shape: GraphShape, cache: GraphCache, acceptance_rates: tuple[float, ...] | None
 ) -> SupplyPlan:
-    layout = ParallelLayout()
     num_threads = torch.get_num_threads()
-    speculation = config.speculation
     fields = {
-        **installed_versions(),
-        "backend": InductorGraphs.name,
-        "model": config.model.architecture,
-        "config": _digest(config.model),
-        "dtype": config.dtype,
-        "layout": dataclasses.asdict(layout),
-        "draft_depth": 0 if speculation is None else speculation.choice.num_drafts,
-        "speculation": _speculation_field(speculation, acceptance_rates),
-        "block_size": config.block_size,
-        **dataclasses.asdict(shape),
+        **_key_fields(config, shape, InductorGraphs.name, acceptance_rates),
         "num_threads": num_threads,
         "machine": platform.machine(),
         "cpu": _digest(sorted(cpu_features())),
@@ -112,6 +129,25 @@ def _supply_plan(
     }
     job = WorkerJob(dataclasses.asdict(config.args), shape, num_threads, str(cache.root), acceptance_rates)
     return SupplyPlan(job, fields)
+
+
+def _key_fields(
+    config: EngineConfig, shape: GraphShape, backend: str, acceptance_rates: tuple[float, ...] | None
+) -> dict[str, Any]:
+    """What a graph depends on, on every device."""
+    speculation = config.speculation
+    return {
+        **installed_versions(),
+        "backend": backend,
+        "model": config.model.architecture,
+        "config": _digest(config.model),
+        "dtype": config.dtype,
+        "layout": dataclasses.asdict(ParallelLayout()),
+        "draft_depth": 0 if speculation is None else speculation.choice.num_drafts,
+        "speculation": _speculation_field(speculation, acceptance_rates),
+        "block_size": config.block_size,
+        **dataclasses.asdict(shape),
+    }
 
 
 def _speculation_field(speculation: Speculation | None, acceptance_rates: tuple[float, ...] | None) -> str:
@@ -138,7 +174,9 @@ def build_graph_shell(
     models.bind(cpu_table())
     drafting = make_drafting(config, models.drafter, shape.max_num_seqs, shape.max_model_len, device, acceptance_rates)
     num_drafts = 0 if drafting is None else drafting.num_drafts
-    table = RowTable(shape.max_num_seqs, -(-shape.max_model_len // config.block_size), device, num_drafts)
+    table = RowTable(
+        shape.max_num_seqs, table_width(shape.max_model_len, num_drafts, config.block_size), device, num_drafts
+    )
     caches = allocate_kv_tensors(cache_spec(config), shape.num_blocks, config.block_size, device)
     runner = GraphRunner(models.decoder, table.state, caches, drafting)
     runner.allocate((shape.max_num_seqs,))

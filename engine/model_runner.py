@@ -17,7 +17,7 @@ from .decode_step import DRAFT, Decoder, draft
 from .draft_buffers import Drafting
 from .drafting import StepTokens
 from .graph_runner import GraphRunner
-from .row_state import RowTable, commit_tokens, decode_context
+from .row_state import RowTable, commit_tokens, decode_context, table_width
 from .sampler import Sampled, Sampler, gather_logprobs
 from .verification import accept_equal, draft_window, verify, window_ids
 
@@ -44,8 +44,9 @@ class StepTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.events = None
-        if device.type == "cuda":
-            self.events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        if device.type != "cpu":
+            module = torch.get_device_module(device)
+            self.events = (module.Event(enable_timing=True), module.Event(enable_timing=True))
             self.events[0].record()
         self.start = time.perf_counter()
 
@@ -108,7 +109,7 @@ class ModelRunner:
         self.prompts = np.zeros((max_num_seqs, max_model_len + 1), np.int64)  # what was known when the row came
         self.drafting = drafting
         num_drafts = 0 if drafting is None else drafting.num_drafts
-        self.table = RowTable(max_num_seqs, -(-max_model_len // block_size), device, num_drafts)
+        self.table = RowTable(max_num_seqs, table_width(max_model_len, num_drafts, block_size), device, num_drafts)
         self.rows: dict[int, NewRow] = {}
         self._reporting: set[int] = set()  # rows whose prompt logprobs are asked for
         self.sampler = Sampler(max_num_seqs, vocab_size, device, logprobs_mode)
@@ -178,11 +179,11 @@ class ModelRunner:
         """Start bringing tokens (int64) to the host, flat. The result waits for them, and not for a step that has been
         launched behind them: a copy asked for later would queue up behind that step."""
         token_ids = token_ids.flatten()
-        if self.device.type != "cuda":
+        if self.device.type == "cpu":
             return token_ids.tolist
         host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
         host.copy_(token_ids, non_blocking=True)
-        copied = torch.cuda.Event()
+        copied = torch.get_device_module(self.device).Event()
         copied.record()
 
         def read() -> list[int]:
@@ -212,7 +213,8 @@ class ModelRunner:
         """A step in which every row decodes: the step the graphs hold. Returns what `verify` gives the host."""
         kind = self.sampler.kind_of(rows)
         num_blocks = int(self.table.num_blocks[rows].max())
-        output = self.graphs.replay(kind, rows, num_blocks, plan.num_drafts)
+        lengths = self._lengths(plan, rows)
+        output = self.graphs.replay(kind, rows, num_blocks, plan.num_drafts, lengths)
         if kind != "split":
             return output
         state, index = self.table.state, self._to_device(rows)
@@ -225,8 +227,19 @@ class ModelRunner:
             handoff.sampled[: len(output)] = step.sampled.token_ids
             handoff.accepted[: len(rows)] = accepted
             handoff.accepted[len(rows) :] = 0  # of the rows that pad the graph
-            self.graphs.replay(DRAFT, rows, num_blocks, plan.num_drafts)
+            self.graphs.replay(DRAFT, rows, num_blocks, plan.num_drafts, lengths)
         return tokens
+
+    def _lengths(self, plan: StepPlan, rows: np.ndarray) -> list[int] | None:
+        """Of the requests that decode, as in `decode_context`; None where the device's attention reads tensors. With
+        drafts only the device knows how many were accepted, so this waits for the last step."""
+        if self.device.type != "npu":
+            return None
+        decoding = rows[: plan.num_decode]
+        if self.drafting is None:
+            return [computed + 1 for computed in plan.num_computed[: plan.num_decode]]
+        positions = self.table.state.position[self._to_device(decoding)]
+        return [position + 1 + plan.num_drafts for position in positions.tolist()]
 
     def _prefill(self, plan: StepPlan, rows: np.ndarray, step: DispatchedStep) -> Tensor:
         """A step with prompts in it, their chunks behind the rows that decode; always eager. Returns flat what `verify`
@@ -298,10 +311,20 @@ class ModelRunner:
     def _step_input(self, plan: StepPlan, rows: np.ndarray) -> StepInput:
         """The requests that decode, from the rows' state; the chunks, from what the host knows."""
         num_decode, tokens_per_request = plan.num_decode, 1 + plan.num_drafts
+        lengths = self._lengths(plan, rows)
         width = int(self.table.num_blocks[rows].max())
+        if lengths is not None and plan.num_drafts:
+            width = min(width + 1, self.table.block_table.shape[1])  # as in `GraphRunner.run_eager`
         state = self.table.state._replace(block_table=self.table.state.block_table[:, :width])
         decode_rows = self._to_device(rows[:num_decode])
-        decoding = decode_context(state, decode_rows, state.position[decode_rows], tokens_per_request, self.block_size)
+        decoding = decode_context(
+            state,
+            decode_rows,
+            state.position[decode_rows],
+            tokens_per_request,
+            self.block_size,
+            lengths,
+        )
         drafts = draft_window(state, decode_rows, decoding, plan.num_drafts, self.block_size)
         num_computed = np.asarray(plan.num_computed[num_decode:], np.int64)
         num_tokens = np.asarray(plan.num_tokens[num_decode:], np.int64)
@@ -322,6 +345,7 @@ class ModelRunner:
             prefill_query_lens=tuple(num_tokens.tolist()),
             prefill_context_lens=tuple(context_lens.tolist()),
             tokens_per_request=tokens_per_request,
+            decode_lengths=decoding.decode_lengths,
         )
         samples = np.asarray(plan.samples[num_decode:], bool)
         prompts = self._to_device(self.prompts[token_rows, positions])

@@ -32,6 +32,12 @@ class RowState(NamedTuple):
     drafts: Tensor  # int64 [rows + 1, most drafts]: what may follow the newest token, NO_DRAFT where nothing is guessed
 
 
+def table_width(max_model_len: int, num_drafts: int, block_size: int) -> int:
+    """Blocks of the longest row, drafts behind its last token included: these have no block, but attention is told of
+    them."""
+    return -(-(max_model_len + num_drafts) // block_size)
+
+
 class RowTable:
     """The rows' state on the device, and the block table again on the host, where prefill computes slots from it."""
 
@@ -104,10 +110,16 @@ def commit_tokens(state: RowState, rows: Tensor, token_ids: Tensor, counts: Tens
 
 
 def decode_context(
-    state: RowState, rows: Tensor, positions: Tensor, tokens_per_request: int, block_size: int
+    state: RowState,
+    rows: Tensor,
+    positions: Tensor,
+    tokens_per_request: int,
+    block_size: int,
+    lengths: list[int] | None = None,
 ) -> ForwardContext:
     """The context of a step in which each of `rows` (int64 [n]) computes `tokens_per_request` tokens from `positions`
-    (int64 [n]) on. What has no block goes to the null block. Reads nothing on the host."""
+    (int64 [n]) on. What has no block goes to the null block. Reads nothing on the host; where attention takes numbers,
+    `lengths` are its contexts', `positions` + `tokens_per_request`."""
     block_table = state.block_table[rows]  # [n, max_blocks]
     width = block_table.shape[1]
     all_positions = positions.unsqueeze(1)
@@ -123,4 +135,5 @@ def decode_context(
         context_lens=(positions + tokens_per_request).to(torch.int32),
         num_decode=rows.shape[0],
         tokens_per_request=tokens_per_request,
+        decode_lengths=lengths,
     )

@@ -20,12 +20,14 @@ from ..kvcache.budget import (
 from ..kvcache.manager import KVCacheManager
 from ..kvcache.spec import KVCacheSpec
 from ..kvcache.tensors import allocate_kv_tensors
+from ..ops.npu import library
 from ..scheduler.draft_depth import DraftDepth
 from ..scheduler.scheduler import Scheduler, SchedulerConfig
 from .build import build_models, cache_spec, load_models, make_drafting
 from .config import EngineConfig
 from .graph_startup import GraphShape, start_graphs
 from .model_runner import ModelRunner
+from .npu_limits import for_npu, most_blocks
 from .phases import PhaseTimer
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ def load_core_parts(
 ) -> CoreParts:
     """Check that it fits, load, allocate. Raises ValueError, with the arithmetic and what to change."""
     device = resolve_device(config.args.device)
+    if device.type == "npu":
+        config = for_npu(config)
     spec = cache_spec(config)
     max_num_seqs = config.max_num_seqs(device.type)
     weight_bytes = sum(tensor.nbytes for tensor in build_models(config, torch.device("meta")).tensors())
@@ -106,17 +110,34 @@ def load_core_parts(
 
 
 def resolve_device(name: str) -> torch.device:
-    """cpu, cuda or cuda:N; auto takes cuda where there is one."""
+    """cpu, cuda, cuda:N, npu or npu:N; auto takes cuda or npu where there is one. Of an NPU, its library is loaded."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "npu" if library.is_available() else "cpu"
+    if name.partition(":")[0] == "npu":
+        return _resolve_npu(name)
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N: {name}") from error
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N, npu or npu:N: {name}") from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is not supported yet, only cpu and cuda are: {name}")
+        raise ValueError(f"device is not supported yet, only cpu, cuda and npu are: {name}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"torch finds no CUDA device here; use --device cpu: {name}")
+    return device
+
+
+def _resolve_npu(name: str) -> torch.device:
+    try:
+        library.import_torch_npu()
+    except ImportError as error:
+        raise ValueError(f"{error}; or use --device cpu: {name}") from error
+    index = name.removeprefix("npu").removeprefix(":") or "0"
+    count = torch.get_device_module("npu").device_count()
+    if not index.isdecimal() or int(index) >= count:
+        raise ValueError(f"device must be npu or npu:N with N below {count}, the number of NPUs here: {name}")
+    device = torch.device("npu", int(index))
+    torch.get_device_module("npu").set_device(device)
+    library.load(device)
     return device
 
 
@@ -131,8 +152,8 @@ def workspace_bytes(config: EngineConfig, max_num_seqs: int) -> int:
 
 def available_bytes(device: torch.device, utilization: float) -> int:
     """Bytes this process may still take on `device`; on a CPU, what the kernel and the control group leave."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
+    if device.type != "cpu":
+        free, total = torch.get_device_module(device).mem_get_info(device)
         return available_kv_bytes(total, total - free, utilization)
     with open("/proc/meminfo") as file:
         fields = dict(line.split(":", 1) for line in file)
@@ -166,6 +187,14 @@ def _size_cache(
             one = sequence_bytes(spec, config.block_size, longest)
             wanted = _cpu_kv_bytes() or max(DEFAULT_CPU_KV_BYTES, one)
             kv_bytes = min(kv_bytes, wanted, CPU_KV_ROWS * max_num_seqs * one)
+    if device.type == "npu":
+        most = most_blocks(spec, config.block_size)
+        if args.num_gpu_blocks_override is not None and args.num_gpu_blocks_override > most:
+            raise ValueError(
+                f"num_gpu_blocks_override must be at most {most} on an NPU, whose attention takes caches of less than "
+                f"2**31 elements: {args.num_gpu_blocks_override}"
+            )
+        kv_bytes = min(kv_bytes, most * spec.bytes_per_block(config.block_size))
     logger.debug("KV cache budget %s", format_bytes(kv_bytes))
     return size_kv_cache(
         spec,

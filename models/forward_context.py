@@ -25,8 +25,15 @@ class ForwardContext:
     prefill_query_lens: tuple[int, ...] = ()  # tokens of requests [num_decode, requests)
     prefill_context_lens: tuple[int, ...] = ()  # their context_lens, on the host
     tokens_per_request: int = 1  # of those that decode
+    decode_lengths: list[int] | None = None  # context_lens of those that decode, where attention takes numbers
 
     @property
     def num_decode_tokens(self) -> int:
         """Tokens [0, num_decode_tokens) are those of the requests that decode, a request's side by side."""
         return self.num_decode * self.tokens_per_request
+
+    @property
+    def attention_lengths(self) -> Tensor | list[int]:
+        """context_lens of the requests that decode, as the device's attention takes them: as numbers where the host
+        was told them, else int32 [num_decode]."""
+        return self.context_lens[: self.num_decode] if self.decode_lengths is None else self.decode_lengths

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
 
-from . import activation, attention, dsa, mla, moe, norm, rope
+from . import activation, attention, dsa, hints, mla, moe, norm, rope
 from . import linear as plain_linear
 
 
@@ -33,6 +34,8 @@ class OpTable:
     sparse_mla_decode_attention: Callable[..., Tensor]
     gate_topk: Callable[..., tuple[Tensor, Tensor]]
     routed_experts: Callable[..., Tensor]
+    side_stream: Callable[[str], AbstractContextManager[object]]
+    prefetch: Callable[[Tensor, Tensor], None]
 
 
 PLAIN = OpTable(
@@ -52,6 +55,8 @@ PLAIN = OpTable(
     sparse_mla_decode_attention=dsa.sparse_mla_decode_attention,
     gate_topk=moe.gate_topk,
     routed_experts=moe.routed_experts,
+    side_stream=hints.side_stream,
+    prefetch=hints.prefetch,
 )
 
 
@@ -86,10 +91,11 @@ def cpu_table() -> OpTable:
     )
 
 
-def npu_table() -> OpTable:
-    """torch-npu's operators, for decode steps that TorchAir compiles, with the weights of `ops.npu.weights`. Needs
-    `ops.npu.library.load` before anything is traced."""
+def npu_table(with_hints: bool = True) -> OpTable:
+    """torch-npu's operators, with the weights of `ops.npu.weights`. Needs `ops.npu.library.load` before anything is
+    traced. Hints are for what TorchAir lowers to the graph engine, and must be left out of what is captured."""
     from .npu import activation, attention, cache, dsa, linear, moe, norm, rope
+    from .npu import hints as npu_hints
 
     return OpTable(
         linear=linear.linear,
@@ -108,4 +114,6 @@ def npu_table() -> OpTable:
         sparse_mla_decode_attention=dsa.sparse_mla_decode_attention,
         gate_topk=moe.gate_topk,
         routed_experts=moe.routed_experts,
+        side_stream=npu_hints.side_stream if with_hints else hints.side_stream,
+        prefetch=npu_hints.prefetch if with_hints else hints.prefetch,
     )

@@ -61,12 +61,13 @@ class Attention(nn.Module):
         requests, decoding = context.num_decode, context.num_decode_tokens
         outputs = []
         if decoding:
+            self.ops.table.prefetch(self.o_proj.weight, query)
             decoded = self.ops.table.paged_decode_attention(
                 query[:decoding],
                 key_cache,
                 value_cache,
                 context.block_table[:requests],
-                context.context_lens[:requests],
+                context.attention_lengths,
                 self.scale,
                 self.window,
             )

@@ -75,8 +75,10 @@ class SparseMLAAttention(MLAAttention):
     ) -> Tensor:
         """hidden [tokens, hidden] -> [tokens, hidden]; writes latents, rope keys and indexer keys into `cache`."""
         low_rank, query_nope, query_rope = self.project(hidden, cos, sin, context, cache)
-        self.ops.table.write_index_keys(self.indexer.keys(hidden, cos, sin), cache[2], context.slots)
-        selection = self.select(hidden, low_rank, cos, sin, context, cache[2])
+        ops = self.ops.table
+        with ops.side_stream("indexer"):  # of what `project` made it reads the low-rank query alone
+            ops.write_index_keys(self.indexer.keys(hidden, cos, sin), cache[2], context.slots)
+            selection = self.select(hidden, low_rank, cos, sin, context, cache[2])
         return self.o_proj(self.attend(query_nope, query_rope, context, cache, selection).flatten(1))
 
     def store(

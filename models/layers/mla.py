@@ -143,18 +143,19 @@ class MLAAttention(nn.Module):
         outputs = []
         if decoding:
             ops = self.ops.table
+            ops.prefetch(self.o_proj.weight, query_rope)
             arguments = (
                 self.absorb(query_nope[:decoding]),
                 query_rope[:decoding],
                 latent_cache,
                 rope_key_cache,
                 context.block_table[:requests],
-                context.context_lens[:requests],
             )
             if selection is None or selection.positions is None:
-                attended = ops.mla_decode_attention(*arguments, self.scale)
+                attended = ops.mla_decode_attention(*arguments, context.attention_lengths, self.scale)
             else:
-                attended = ops.sparse_mla_decode_attention(*arguments, selection.positions, self.scale)
+                lengths = context.context_lens[:requests]
+                attended = ops.sparse_mla_decode_attention(*arguments, lengths, selection.positions, self.scale)
             outputs.append(self.expand(attended))
         if context.prefill_query_lens:
             expanded = mla_prefill_attention(

@@ -59,9 +59,13 @@ class MoE(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [tokens, hidden] -> [tokens, hidden]."""
+        ops = self.ops.table
         weights, expert_ids = self.route(hidden)
-        output = self.ops.table.routed_experts(hidden, weights, expert_ids, self.gate_up, self.down)
-        return output if self.shared_experts is None else output + self.shared_experts(hidden)
+        if self.shared_experts is None:
+            return ops.routed_experts(hidden, weights, expert_ids, self.gate_up, self.down)
+        with ops.side_stream("shared experts"):
+            shared = self.shared_experts(hidden)
+        return ops.routed_experts(hidden, weights, expert_ids, self.gate_up, self.down) + shared
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Slots of the layer's tensors; `prefix` ends in a dot, e.g. `model.layers.0.mlp.`."""

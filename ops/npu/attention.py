@@ -3,7 +3,7 @@
 The lengths of a compiled graph are a tensor: TorchAir's form of the operator takes one, torch-npu's own takes Python
 numbers and would make a new graph of every step. TorchAir's form exists in its graph mode only; eager steps and
 captured ones (npugraph_ex) call torch-npu's, with the lengths as numbers. The functions here take either: a tensor
-makes the first call, a sequence of numbers the second.
+makes the first call, a sequence of numbers the second. A tensor outside a graph is read, which waits for the device.
 """
 
 from __future__ import annotations
@@ -180,6 +180,8 @@ def _tokens_per_request(query: Tensor, block_table: Tensor, context_lens: Length
 
 
 def _fused_attention(query: Tensor, keys: Tensor, values: Tensor, context_lens: Lengths, **arguments: object) -> Tensor:
+    if isinstance(context_lens, Tensor) and not torch.compiler.is_compiling():
+        context_lens = context_lens.tolist()
     if isinstance(context_lens, Tensor):
         operator, lengths = torch.ops.air.npu_fused_infer_attention_score_v2, context_lens.to(torch.int64)
     else:

@@ -61,8 +61,6 @@ def test_compiled_graphs_may_have_a_folder_of_their_own():
         ({"compilation_config": {"cudagraph_mode": "PIECEWISE"}}, "must be one of NONE, FULL.*: PIECEWISE"),
         ({"compilation_config": {"cache_dir": 4}}, "cache_dir must be the path of a folder: 4"),
         ({"compilation_config": {"use_inductor": True}}, "not supported: use_inductor"),
-        ({"graph_backend": "torchair"}, r"omni-engine\[npu\].*: torchair"),
-        ({"graph_backend": "npugraph_ex"}, r"omni-engine\[npu\].*: npugraph_ex"),
         ({"graph_backend": "tensorrt"}, "graph_backend must be one of"),
         ({"require_graph": True, "enforce_eager": True}, "contradicts"),
     ],
@@ -82,6 +80,16 @@ def test_backends_of_another_device_are_refused():
         resolve(graph_backend="cudagraph")
     with pytest.raises(ValueError, match=r"for the CPU.*: cuda"):
         resolve("cuda", graph_backend="inductor")
+    for backend in ("torchair", "npugraph_ex"):
+        with pytest.raises(ValueError, match=rf"{backend} needs an Ascend NPU; use auto on: cpu"):
+            resolve(graph_backend=backend)
+
+
+def test_an_npu_has_few_gears_and_the_graph_engine_unless_told_otherwise():
+    chosen = resolve("npu", max_num_seqs=200)
+    assert (chosen.backend, chosen.gears) == ("torchair", (1, 4, 8, 16, 32, 64))
+    assert resolve("npu", max_num_seqs=20).gears == (1, 4, 8, 16, 20)
+    assert resolve("npu", graph_backend="npugraph_ex").backend == "npugraph_ex"
 
 
 def test_the_environment_names_the_backend_that_auto_stands_for(monkeypatch):

@@ -77,6 +77,12 @@ def references(graphs) -> ModuleType:
     return load_module("references")
 
 
+@pytest.fixture(scope="session")
+def tiny_models() -> ModuleType:
+    """`tiny_models.write_config(name, folder)`."""
+    return load_module("tiny_models")
+
+
 @pytest.fixture
 def trace(simulator):
     """`trace()`: the names of what ran on the device since the last call."""

@@ -51,6 +51,13 @@ def add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -
     return y, reciprocal, total
 
 
+@cpu("npu_add_rms_norm_cast")
+def add_rms_norm_cast(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, ...]:
+    """What TorchAir's passes make of a norm whose result is cast to float32."""
+    y, reciprocal, total = add_rms_norm(x1, x2, gamma, epsilon)
+    return y.float(), y, reciprocal, total
+
+
 @cpu("npu_dynamic_quant")
 def dynamic_quant(x: Tensor, **unused: Any) -> tuple[Tensor, Tensor]:
     scale = x.float().abs().amax(-1) / 127
@@ -130,6 +137,38 @@ def kv_rmsnorm_rope_cache(
     keys = interleave_rope(kv[..., rank:], cos, sin).flatten(0, 2)
     scatter_pa_kv_cache(keys.unsqueeze(1), latents.unsqueeze(1), k_cache, ckv_cache, index, cache_mode="Norm")
     return kv.new_empty(1), kv.new_empty(1)
+
+
+# What torch's functionalisation makes of the writes; TorchAir's passes leave them in what it runs eagerly.
+
+
+@cpu("npu_scatter_pa_kv_cache_functional")
+def scatter_pa_kv_cache_functional(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, *rest: Any, **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    caches = key_cache.clone(), value_cache.clone()
+    scatter_pa_kv_cache(key, value, *caches, *rest, **arguments)
+    return caches
+
+
+@cpu("npu_scatter_nd_update")
+def scatter_nd_update_functional(target: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+    return scatter_nd_update(target.clone(), indices, updates)
+
+
+@cpu("npu_kv_rmsnorm_rope_cache_v2_functional")
+def kv_rmsnorm_rope_cache_functional(
+    kv: Tensor, gamma: Tensor, cos: Tensor, sin: Tensor, index: Tensor, k_cache: Tensor, ckv_cache: Tensor,
+    **arguments: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    caches = k_cache.clone(), ckv_cache.clone()
+    written = kv_rmsnorm_rope_cache(kv, gamma, cos, sin, index, *caches, **arguments)
+    return (*written, *caches)
+
+
+@cpu("npu_prefetch")
+def prefetch(weight: Tensor, dependency: Tensor | None, max_size: int, offset: int = 0) -> None:
+    assert dependency is not None and max_size > 0 and offset == 0
 
 
 # --- attention ---

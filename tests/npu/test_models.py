@@ -138,6 +138,7 @@ def summary(step: Any) -> dict[str, Any]:
         "torch-npu": importlib.metadata.version("torch-npu"),
         "inputs": dict(sorted(given.items())),
         "nodes": dict(sorted(step.graph.work.items())),
+        "streams": dict(sorted(Counter(node.stream for node in step.graph.nodes if node.stream).items())),
     }
 
 
@@ -158,7 +159,7 @@ def difference(golden: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Lines such as `Cast: 3 -> 5`."""
     return [
         f"{name}: {golden[part].get(name, 0)} -> {now[part].get(name, 0)}"
-        for part in ("inputs", "nodes")
+        for part in ("inputs", "nodes", "streams")
         for name in sorted(golden[part].keys() | now[part].keys())
         if golden[part].get(name, 0) != now[part].get(name, 0)
     ]

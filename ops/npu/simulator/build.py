@@ -33,8 +33,9 @@ CANN_LIBRARIES = (
 COMPILE_SECONDS = 120
 # Looked up by name and not linked, and torch-npu does not go on without them.
 LOOKED_UP = (
-    "HcclCommDestroy", "aclSetCompileopt", "aclmdlRIDestroy", "aclrtDestroyStreamForce", "aclrtSetDeviceSatMode",
-    "aclrtSetOpExecuteTimeOut", "aclrtSetOpWaitTimeout",
+    "HcclCommDestroy", "aclDestroyAclOpExecutor", "aclSetCompileopt", "aclmdlRIDestroy", "aclrtDestroyStreamForce",
+    "aclrtSetDeviceSatMode", "aclrtSetOpExecuteTimeOut", "aclrtSetOpWaitTimeout", "aclrtSetStreamResLimit",
+    "aclrtUseStreamResInCurrentThread",
 )  # fmt: skip
 # Likewise, and noted when they are called.
 COLLECTIVES = (
@@ -44,7 +45,7 @@ COLLECTIVES = (
 # Of every op that goes through aclnn: `aclnnX` runs it, `aclnnXGetWorkspaceSize` prepares it.
 ACLNN_NAME = re.compile(rb"(?<![\w])aclnn[A-Z]\w+(?=\0)")
 WORKSPACE = "GetWorkspaceSize"
-ACL_VALUES = ("Tensor", "TensorList", "IntArray", "FloatArray", "BoolArray", "Scalar", "ScalarList")
+ACL_VALUES = ("Tensor", "TensorList", "FloatArray", "BoolArray", "Scalar", "ScalarList")
 
 
 class SimulatorUnavailable(Exception):
@@ -158,4 +159,5 @@ def load() -> ctypes.CDLL:
     for library in CANN_LIBRARIES:
         ctypes.CDLL(str(folder / library), mode=ctypes.RTLD_GLOBAL)
     simulator.npu_simulator_trace.restype = ctypes.c_char_p
+    simulator.npu_simulator_numbers.restype = ctypes.c_char_p
     return simulator
