@@ -44,7 +44,7 @@ class EngineArgs:
     download_dir: str | None = _arg(None, "hub cache folder, if not the default one")
     load_format: str = _arg("auto", "dummy: seeded random weights without files", choices=LOAD_FORMATS)
     dtype: str = _arg("auto", "type of weights and activations; auto: the checkpoint's own", choices=DTYPES)
-    device: str = _arg("auto", "cpu, cuda or cuda:N; auto: cuda where there is one")
+    device: str = _arg("auto", "cpu, cuda, cuda:N, npu or npu:N; auto: cuda or npu where there is one")
     max_model_len: int | str | None = _arg(
         None, "longest sequence, prompt and output together; auto or -1: as long as the KV cache holds", size=True
     )
@@ -64,7 +64,7 @@ class EngineArgs:
         None, "size of the KV cache in bytes (default: from free memory)", size=True
     )
     num_gpu_blocks_override: int | None = _arg(None, "number of KV blocks, whatever the memory")
-    block_size: int | None = _arg(None, "tokens per KV block (default 16)")
+    block_size: int | None = _arg(None, "tokens per KV block (default 16, on an NPU 128)")
     enable_prefix_caching: bool = _arg(True, "reuse the KV blocks of equal prompt prefixes")
     max_num_seqs: int | None = _arg(
         None, "most requests computed in one step (default 128 on CPU, 256 otherwise)", size=True
@@ -83,12 +83,12 @@ class EngineArgs:
     enforce_eager: bool = _arg(False, "compile no graphs: every step runs eager")
     graph_backend: str = _arg(
         "auto",
-        "how decode steps become static graphs: inductor on a CPU, cudagraph on an NVIDIA GPU; eager: padded to the "
-        "same shapes, not compiled",
+        "how decode steps become static graphs: inductor on a CPU, cudagraph on an NVIDIA GPU, torchair or npugraph_ex "
+        "on an Ascend NPU; eager: padded to the same shapes, not compiled",
         choices=GRAPH_BACKENDS,
     )
     cudagraph_capture_sizes: list[int] | None = _arg(
-        None, "batch sizes to make graphs for (default: up to 64 on a CPU, 6 of them; up to 256 on a GPU)"
+        None, "batch sizes to make graphs for (default: up to 64 on a CPU and an NPU, 6 of them; up to 256 on a GPU)"
     )
     max_cudagraph_capture_size: int | None = _arg(None, "largest default batch size to make a graph for", size=True)
     compilation_config: dict[str, Any] = _arg(

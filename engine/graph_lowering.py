@@ -31,7 +31,8 @@ class LoweredStep:
 
     key: GraphKey
     graph: graphs.Lowered
-    cache_shapes: tuple[tuple[int, ...], ...]
+    cache_shapes: tuple[tuple[tuple[int, ...], ...], ...]  # of each layer, the drafter's behind the model's
+    hidden_size: int
     cache_bytes_per_token: int
     weight_shapes: tuple[tuple[int, ...], ...]  # without tables of angles
     weight_bytes: int
@@ -78,7 +79,8 @@ def lower_step(config: EngineConfig, key: GraphKey) -> LoweredStep:
     return LoweredStep(
         key=key,
         graph=found[0],
-        cache_shapes=tuple(tuple(part.shape) for part in parts),
+        cache_shapes=tuple(tuple(tuple(part.shape) for part in cache) for cache in caches),
+        hidden_size=config.model.hidden_size,
         cache_bytes_per_token=sum(part.nbytes for part in parts) // (NUM_BLOCKS * block_size),
         weight_shapes=tuple(tuple(weight.shape) for weight in weights),
         weight_bytes=sum(weight.nbytes for weight in weights),

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -214,7 +215,8 @@ class ModelRunner:
         kind = self.sampler.kind_of(rows)
         num_blocks = int(self.table.num_blocks[rows].max())
         lengths = self._lengths(plan, rows)
-        output = self.graphs.replay(kind, rows, num_blocks, plan.num_drafts, lengths)
+        replay = self.graphs.replay if lengths is None else partial(self.graphs.replay, lengths=lengths)
+        output = replay(kind, rows, num_blocks, plan.num_drafts)
         if kind != "split":
             return output
         state, index = self.table.state, self._to_device(rows)
@@ -227,7 +229,7 @@ class ModelRunner:
             handoff.sampled[: len(output)] = step.sampled.token_ids
             handoff.accepted[: len(rows)] = accepted
             handoff.accepted[len(rows) :] = 0  # of the rows that pad the graph
-            self.graphs.replay(DRAFT, rows, num_blocks, plan.num_drafts, lengths)
+            replay(DRAFT, rows, num_blocks, plan.num_drafts)
         return tokens
 
     def _lengths(self, plan: StepPlan, rows: np.ndarray) -> list[int] | None:

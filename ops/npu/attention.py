@@ -180,7 +180,7 @@ def _tokens_per_request(query: Tensor, block_table: Tensor, context_lens: Length
 
 
 def _fused_attention(query: Tensor, keys: Tensor, values: Tensor, context_lens: Lengths, **arguments: object) -> Tensor:
-    if isinstance(context_lens, Tensor) and not torch.compiler.is_compiling():
+    if isinstance(context_lens, Tensor) and not (torch.compiler.is_compiling() or context_lens.is_meta):
         context_lens = context_lens.tolist()
     if isinstance(context_lens, Tensor):
         operator, lengths = torch.ops.air.npu_fused_infer_attention_score_v2, context_lens.to(torch.int64)

@@ -85,7 +85,8 @@ def test_backends_of_another_device_are_refused():
             resolve(graph_backend=backend)
 
 
-def test_an_npu_has_few_gears_and_the_graph_engine_unless_told_otherwise():
+def test_an_npu_has_few_gears_and_the_graph_engine_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("OMNI_ENGINE_GRAPH_BACKEND")
     chosen = resolve("npu", max_num_seqs=200)
     assert (chosen.backend, chosen.gears) == ("torchair", (1, 4, 8, 16, 32, 64))
     assert resolve("npu", max_num_seqs=20).gears == (1, 4, 8, 16, 20)

@@ -13,7 +13,7 @@ import json
 import resource
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Case:
     sampler: str
     writes: dict[str, int]
     speculation: dict[str, Any] | None = None
+    layers: slice = field(default_factory=lambda: slice(None))  # whose caches it writes
 
     @property
     def name(self) -> str:
@@ -52,9 +53,12 @@ PREDICTED = {"KvRmsNormRopeCache": LAYERS + 1}
 CASES = [
     Case("QWEN3_8B", 4, "greedy", GQA),
     Case("QWEN3_8B", 16, "greedy", GQA),
+    Case("QWEN3_8B", 4, "split", GQA),
     Case("QWEN3_30B_A3B", 4, "gumbel", GQA),
     Case("DEEPSEEK_V3", 4, "greedy", PREDICTED, MTP),
     Case("DEEPSEEK_V3", 4, "gumbel", PREDICTED, MTP),
+    Case("DEEPSEEK_V3", 4, "split", {"KvRmsNormRopeCache": LAYERS}, MTP, slice(LAYERS)),
+    Case("DEEPSEEK_V3", 4, "draft", {"KvRmsNormRopeCache": 1}, MTP, slice(LAYERS, None)),
     Case("DEEPSEEK_V32", 4, "greedy", SPARSE),
     Case("DEEPSEEK_V32", 1, "gumbel", SPARSE),
 ]
@@ -102,12 +106,15 @@ def lowered(graphs, tmp_path_factory) -> Callable[[Case], Any]:
     return lambda case: lower(case.name)
 
 
-def problems(step: Any, writes: dict[str, int]) -> list[str]:
+def problems(step: Any, writes: dict[str, int], layers: slice = slice(None)) -> list[str]:
     """What must not be in the graph of a decode step, or must."""
     graph, found = step.graph, []
-    state = {(step.key.num_requests + 1,), (step.key.num_requests + 1, 1)}
+    requests, tokens = step.key.num_requests, step.key.tokens_per_request
+    state = {(requests + 1,), (requests + 1, 1)}
+    if step.key.sampler == "split":  # what is handed to the graph behind it
+        state |= {(requests * tokens,), (requests * tokens, step.hidden_size)}
     written = [shape for shape in graph.mutated if shape not in state]
-    if sorted(written) != sorted(step.cache_shapes):
+    if sorted(written) != sorted(shape for cache in step.cache_shapes[layers] for shape in cache):
         found.append(f"caches written in place: {written}")
     if graph.copied_inputs or any(node.type != "Identity" for node in graph.copies):
         found.append(f"copies: {[node.type for node in graph.copies]}")
@@ -125,8 +132,8 @@ def problems(step: Any, writes: dict[str, int]) -> list[str]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_decode_step_is_one_graph_without_copies(lowered, case: Case) -> None:
     step = lowered(case)
-    assert problems(step, case.writes) == []
-    assert step.graph.work["ArgMaxV2"] == (2 if case.speculation else 1)
+    assert problems(step, case.writes, case.layers) == []
+    assert step.graph.work["ArgMaxV2"] == {"split": 0, "draft": 1}.get(case.sampler, 2 if case.speculation else 1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 8 * GIB
 
 
@@ -180,10 +187,39 @@ def test_a_larger_gear_is_the_same_graph(lowered) -> None:
 
 def test_experts_reach_the_graph_packed(lowered) -> None:
     """[experts, inputs, outputs] in tiles, not as checkpoints have them."""
-    step = lowered(CASES[3])
+    step = lowered(next(case for case in CASES if case.config == "DEEPSEEK_V3"))
     experts = {one.shape: one for one in step.graph.inputs.values() if one.shape[:1] == (256,) and len(one.shape) == 3}
     assert set(experts) == {(256, 7168, 4096), (256, 2048, 7168)}
     assert all(one.frozen and one.format == 29 for one in experts.values())
+
+
+def test_hints_are_labels_of_streams(lowered) -> None:
+    """What model code says may run beside the rest has streams of its own, and nothing else has."""
+    routed, sparse = (
+        lowered(next(case for case in CASES if case.config == name)).graph for name in ("DEEPSEEK_V3", "DEEPSEEK_V32")
+    )
+    kinds = [Counter((node.stream, node.type) for node in graph.nodes if node.stream) for graph in (routed, sparse)]
+    shared = {("shared experts", "MatMul"): 2, ("shared experts", "SwiGlu"): 1}
+    assert {kind: count for kind, count in kinds[0].items() if kind[0] == "shared experts"} == {
+        kind: 2 * count
+        for kind, count in shared.items()  # of the routed layer, and of the prediction layer
+    }
+    assert {kind: count for kind, count in kinds[1].items() if kind[0] == "shared experts"} == shared
+    assert kinds[0]["prefetch", "Cmo"] == LAYERS + 1 and kinds[1]["prefetch", "Cmo"] == LAYERS
+    indexer = {kind: count for (stream, kind), count in kinds[1].items() if stream == "indexer"}
+    assert indexer["LightningIndexer"] == LAYERS and indexer["ScatterNdUpdate"] == LAYERS
+    assert {stream for stream, _ in kinds[0]} == {"shared experts", "prefetch"}
+    assert {stream for stream, _ in kinds[1]} == {"shared experts", "prefetch", "indexer"}
+
+
+def test_captured_calls_have_no_hints(graphs, monkeypatch, tmp_path) -> None:
+    from omni_engine.engine import graph_lowering
+    from omni_engine.ops.table import npu_table
+
+    monkeypatch.setattr(graph_lowering, "npu_table", lambda: npu_table(with_hints=False))
+    case = CASES[0]
+    graph = graph_lowering.lower_step(engine_config(case, tmp_path), GraphKey(case.requests, 1, case.sampler)).graph
+    assert graph.work["Cmo"] == 0 and {node.stream for node in graph.nodes} == {""}
 
 
 # --- negative controls: `problems` must see each of these ----------------------------------------------------------
