@@ -25,9 +25,11 @@ from .inputs import PromptType, is_conversation
 from .logs import logs_json
 from .messages import Abort, Add, CoreInfo, ResetPrefixCache, Updates
 from .metrics import EngineMetrics
+from .output_processor import RequestState
 from .outputs import RequestOutput
 from .phases import PhaseTimer, phase_records, phase_table
 from .stats_log import StatsLog
+from .tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
 # Longer texts are tokenized in a thread, so that they do not hold up the event loop.
@@ -42,7 +44,8 @@ class AsyncEngine:
     of it, or cancelling it, aborts the request. Metrics are in `metrics_registry` once the engine is ready, under the
     label `served_model_name` (by default the model's own), unless `disable_log_stats` is set. With `restart_core` a
     core that is lost once it was ready is replaced; what it was computing fails, what comes later waits. A core counts
-    as lost too when it does not answer, or has been in one step for `hang_timeout` seconds (0: no limit).
+    as lost too when it does not answer, or has been in one step for `hang_timeout` seconds (0: no limit). `tracer` gets
+    every request at its end, and is closed with the engine.
     """
 
     def __init__(
@@ -54,11 +57,13 @@ class AsyncEngine:
         hang_timeout: float = DEFAULT_STEP_TIMEOUT_SECONDS,
         core: LaunchedCore | None = None,
         timer: PhaseTimer | None = None,
+        tracer: RequestTracer | None = None,
     ) -> None:
         self.args = args
         self._timer = timer or PhaseTimer()
         self.hang_timeout = hang_timeout
         self._launched = core
+        self.tracer = tracer
         self.restart_core = restart_core
         self.served_model_name = served_model_name or args.model
         self.metrics_registry = CollectorRegistry()
@@ -87,6 +92,7 @@ class AsyncEngine:
         hang_timeout: float = DEFAULT_STEP_TIMEOUT_SECONDS,
         core: LaunchedCore | None = None,
         timer: PhaseTimer | None = None,
+        tracer: RequestTracer | None = None,
     ) -> AsyncEngine:
         """An engine for `args`; with `start` it begins to load at once, which needs a running event loop.
 
@@ -94,7 +100,13 @@ class AsyncEngine:
         phases of the start before the engine, which are told together with its own.
         """
         engine = cls(
-            args, served_model_name, restart_core=restart_core, hang_timeout=hang_timeout, core=core, timer=timer
+            args,
+            served_model_name,
+            restart_core=restart_core,
+            hang_timeout=hang_timeout,
+            core=core,
+            timer=timer,
+            tracer=tracer,
         )
         if start:
             engine._starting = asyncio.get_running_loop().create_task(engine._start())
@@ -197,8 +209,9 @@ class AsyncEngine:
             request_id = str(next(self._request_ids))
         params = sampling_params or self._loaded_front.default_sampling_params()
         request = await self._process(request_id, prompt, params, priority)
+        state = RequestState(request, self.tokenizer)
         try:
-            stream = self._submit(request)
+            stream = self._submit(state)
             while True:
                 item = await stream.get()
                 if isinstance(item, Exception):
@@ -208,6 +221,8 @@ class AsyncEngine:
                     return
         finally:
             self._forget(request.key)
+            if self.tracer is not None:
+                self.tracer.finish(state)
 
     async def _process(
         self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int
@@ -224,9 +239,10 @@ class AsyncEngine:
             raise self._dead_error
         return self._loaded_inputs.process(request_id, prompt, params, priority=priority)
 
-    def _submit(self, request: ProcessedRequest) -> asyncio.Queue[RequestOutput | Exception]:
+    def _submit(self, state: RequestState) -> asyncio.Queue[RequestOutput | Exception]:
         assert self._client is not None
-        self._loaded_front.outputs.add(request)
+        request = state.request
+        self._loaded_front.outputs.add(state)
         stream: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         self._streams[request.key] = stream
         if self._metrics is not None:
@@ -295,6 +311,8 @@ class AsyncEngine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
     async def _read_core(self, client: CoreClient) -> None:
         """Hand what the core says to the streams, until it ends."""

@@ -19,6 +19,7 @@ from .core import EngineCore
 from .errors import EngineDeadError
 from .front import Front
 from .inputs import PromptType, as_prompt_list
+from .output_processor import RequestState
 from .outputs import RequestOutput
 
 
@@ -179,7 +180,7 @@ class Engine:
         self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int, inbox: deque[RequestOutput]
     ) -> str:
         request = self._inputs.process(request_id, self._front.read_chat(prompt), params, priority=priority)
-        self._front.outputs.add(request)
+        self._front.outputs.add(RequestState(request, self._front.tokenizer))
         self._inboxes[request.key] = inbox
         for core_request in request.core_requests:
             refusal = self._core.add(core_request)

@@ -15,7 +15,7 @@ from .context import CONTEXT, ServerContext, printable
 from .cors import install, preflight
 from .errors import json_response
 from .http_metrics import HttpMetrics
-from .middleware import api_key_guard, errors, load_tracker, observer
+from .middleware import api_key_guard, errors, load_tracker, observer, traced
 from .responses import ModelCard, ModelList
 from .settings import ServerSettings
 from .tokenization import detokenize, tokenize
@@ -36,6 +36,8 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
         middlewares.append(preflight(settings.cors))
     if settings.api_keys:
         middlewares.append(api_key_guard(settings.api_keys, settings.root_path))
+    if engine.tracer is not None:
+        middlewares.append(traced(engine.tracer))
     if settings.enable_server_load_tracking:
         middlewares.append(load_tracker)
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)

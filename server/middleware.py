@@ -12,6 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
+from ..engine.tracing import RequestTracer
 from .context import CONTEXT
 from .errors import error_response, json_response
 from .http_metrics import HttpMetrics
@@ -31,13 +32,14 @@ def observer(metrics: HttpMetrics, *, logs: bool, unlogged_paths: frozenset[str]
     @web.middleware
     async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
         started = time.monotonic()
-        status = CLIENT_GONE_STATUS
+        status, num_bytes = CLIENT_GONE_STATUS, 0
         try:
             response = await handler(request)
-            status = response.status
+            # a stream has been sent by now, anything else is yet to be
+            status, num_bytes = response.status, response.content_length or response.body_length
             return response
         finally:
-            metrics.count(request, status, time.monotonic() - started)
+            metrics.count(request, status, time.monotonic() - started, num_bytes)
             if logs and request.path not in unlogged_paths:
                 _log(request, status)
 
@@ -72,6 +74,17 @@ async def load_tracker(request: web.Request, handler: Handler) -> web.StreamResp
         return await handler(request)
     finally:
         context.load -= 1
+
+
+def traced(tracer: RequestTracer) -> Middleware:
+    """Spans of requests belong to the span that the headers name."""
+
+    @web.middleware
+    async def trace(request: web.Request, handler: Handler) -> web.StreamResponse:
+        with tracer.caller(request.headers):
+            return await handler(request)
+
+    return trace
 
 
 def api_key_guard(keys: tuple[str, ...], root_path: str) -> Middleware:

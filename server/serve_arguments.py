@@ -36,6 +36,7 @@ def serve_parser() -> CommandParser:
     _add_listening(parser.add_argument_group("listening"))
     _add_api(parser.add_argument_group("API"))
     _add_logging(parser.add_argument_group("logging"))
+    _add_tracing(parser.add_argument_group("tracing"))
     add_engine_arguments(parser)
     return parser
 
@@ -111,6 +112,11 @@ def _add_logging(group: Any) -> None:
     add_switch("--disable-uvicorn-access-log", "log no line per request")
     add("--disable-access-log-for-endpoints", type=parse_paths, default=[], metavar="PATHS",
         help="paths without a line per request, with commas between them")  # fmt: skip
+
+
+def _add_tracing(group: Any) -> None:
+    group.add_argument("--otlp-traces-endpoint", metavar="URL",
+        help="OpenTelemetry collector that gets a span of every request; needs omni-engine[tracing]")  # fmt: skip
 
 
 def parse_texts(text: str) -> list[str]:

@@ -14,7 +14,7 @@ _NAMES = """
 --kv-cache-dtype --kv-cache-metrics --kv-events-config --kv-offloading-backend --kv-offloading-size
 --kv-transfer-config --limit-mm-per-prompt --log-error-stack --logits-processors --lora-dtype --lora-modules
 --max-cpu-loras --max-log-len --max-lora-rank --max-loras --middleware --mm-processor-kwargs --model-impl
---nnodes --node-rank --otlp-traces-endpoint --pooler-config --prefill-context-parallel-size
+--nnodes --node-rank --pooler-config --prefill-context-parallel-size
 --prefix-caching-hash-algo --profiler-config --reasoning-parser-plugin --runner
 --show-hidden-metrics-for-version --stream-interval --structured-outputs-config --tokenizer-revision
 --tool-parser-plugin --tool-strict-level --trust-request-mm-kwargs --uvicorn-log-level -ac -asc -dcp -dpa

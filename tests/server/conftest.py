@@ -71,6 +71,7 @@ class FakeEngine:
         self.is_ready = True
         self.errored = False
         self.dead_error: BaseException | None = None
+        self.tracer = None
         self.max_model_len = 64
         self.model_config = SimpleNamespace(vocab_size=300)
         self.metrics_registry = CollectorRegistry()
