@@ -21,7 +21,7 @@ test: $(VENV)/.installed-dev  ## set up, run the commit tier
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-npu: $(NPU_VENV)/.installed  ## set up, run the NPU's tests on a simulated device; needs gcc, no NPU and no CANN
-	OMNI_ENGINE_CPU_KERNELS=0 $(NPU_VENV)/bin/python -m pytest tests/npu $(PYTEST_ARGS)
+	OMNI_ENGINE_CPU_KERNELS=0 $(NPU_VENV)/bin/python -m pytest $(or $(PYTEST_ARGS),tests/npu)
 
 test-full: $(VENV)/.installed-dev  ## set up, run every test, the long ones too
 	$(BIN)/python -m pytest -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)

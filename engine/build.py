@@ -17,6 +17,7 @@ from ..models.kv_spec import kv_cache_spec
 from ..models.layers.decoder import CausalDecoder
 from ..models.layers.mtp import MultiTokenPredictor
 from ..models.layers.placement import Placement
+from ..models.npu_weights import pack_for_npu
 from ..models.parallel import ParallelLayout
 from ..models.registry import resolve
 from ..models.weights import load_weights
@@ -43,6 +44,13 @@ class Models:
                     if id(tensor) not in seen:
                         seen.add(id(tensor))
                         yield tensor
+
+    def pack(self) -> None:
+        """Bring weights that are there into the form that the ops of their device take."""
+        if next(self.tensors()).device.type == "npu":
+            for module in (self.decoder, self.drafter):
+                if isinstance(module, nn.Module):
+                    pack_for_npu(module)
 
     def bind(self, table: OpTable) -> None:
         """Let all layers call through this table."""
@@ -86,6 +94,7 @@ def load_models(config: EngineConfig, device: torch.device) -> Models:
         checkpoint, draft = config.speculation.draft_checkpoint, config.speculation.draft_model
         assert draft is not None
         _fill(models.drafter.model, config, checkpoint, draft)
+    models.pack()
     return models
 
 

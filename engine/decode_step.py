@@ -38,10 +38,17 @@ def choose_tokens(logits: Tensor, state: RowState, rows: Tensor, positions: Tens
     return logits.argmax(dim=-1)
 
 
+def repeated(rows: Tensor, times: int) -> Tensor:
+    """Each of `rows` (int64 [n]) so many times, one after another: int64 [n * times]. As `repeat_interleave`, of which
+    TorchAir has no form."""
+    return rows if times == 1 else rows.unsqueeze(1).expand(-1, times).flatten()
+
+
 def store_drafts(state: RowState, rows: Tensor, drafts: Tensor) -> None:
     """Keep drafts int64 [n, k] for the next step of their rows. Mutates `drafts` of the state."""
     missing = state.drafts.shape[1] - drafts.shape[1]
-    state.drafts.index_put_((rows,), nn.functional.pad(drafts, (0, missing), value=NO_DRAFT))
+    values = nn.functional.pad(drafts, (0, missing), value=NO_DRAFT)
+    state.drafts.scatter_(0, rows.unsqueeze(1).expand_as(values), values)
 
 
 class DecodeStep(nn.Module):
@@ -99,7 +106,7 @@ class DecodeStep(nn.Module):
                 buffers.hidden.copy_(hidden)
                 buffers.input_ids.copy_(input_ids)
             return logits
-        token_rows = rows if tokens_per_request == 1 else rows.repeat_interleave(tokens_per_request)
+        token_rows = repeated(rows, tokens_per_request)
         sampled = choose_tokens(logits, state, token_rows, context.positions + 1, self.sampler)
         output, accepted = verify(state, rows, drafts, sampled.view(-1, tokens_per_request), self.acceptance)
         if self.drafter is not None:
@@ -131,7 +138,7 @@ class DraftStep(nn.Module):
         tokens_per_request = 1 + self.num_drafts
         first = (state.position[rows] - buffers.accepted - 1).clamp(min=0)  # 0 for the null row
         context = decode_context(state, rows, first, tokens_per_request, caches[0][0].shape[1])
-        token_rows = rows if tokens_per_request == 1 else rows.repeat_interleave(tokens_per_request)
+        token_rows = repeated(rows, tokens_per_request)
         last = torch.arange(rows.shape[0], device=rows.device) * tokens_per_request + buffers.accepted
         tokens = StepTokens(rows, token_rows, context, buffers.input_ids, buffers.sampled, buffers.hidden, last)
         return draft(self.drafter, tokens, state, caches, memory, self.num_drafts, "gumbel")

@@ -98,8 +98,9 @@ def commit_tokens(state: RowState, rows: Tensor, token_ids: Tensor, counts: Tens
     """
     null_row = state.position.shape[0] - 1
     positions = torch.where(rows == null_row, 0, state.position[rows] + counts)
-    state.last_token.index_put_((rows,), token_ids)
-    state.position.index_put_((rows,), positions)
+    # scatter_ and not index_put_, of which TorchAir has no form
+    state.last_token.scatter_(0, rows, token_ids)
+    state.position.scatter_(0, rows, positions)
 
 
 def decode_context(

@@ -1,9 +1,15 @@
-"""Rotary position embedding of queries and keys."""
+"""Rotary position embedding."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def rotary_angles(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What the ops that rotate take of a step's angles, made once for all layers: here the angles as they are, float32
+    [tokens, pairs] each. `dtype` is that of the heads."""
+    return cos, sin
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -24,11 +30,3 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
     if 2 * pairs == heads.shape[-1]:
         return turned
     return torch.cat((turned, heads[..., 2 * pairs :]), dim=-1)
-
-
-def apply_rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """`rotate` for the queries [tokens, heads, dim] and the keys [tokens, kv_heads, dim] of one step.
-
-    cos, sin float32 [tokens, pairs]: the rows of the layer's table at the tokens' positions. Mutates nothing.
-    """
-    return rotate(query, cos, sin, interleaved), rotate(key, cos, sin, interleaved)

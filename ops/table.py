@@ -8,28 +8,49 @@ from functools import partial
 
 from torch import Tensor
 
-from . import attention, dsa, mla, moe
+from . import activation, attention, dsa, mla, moe, norm, rope
 from . import linear as plain_linear
 
 
 @dataclass(frozen=True)
 class OpTable:
-    """One body per op. Every body of an op has the signature and the meaning of the plain one, its reference."""
+    """One body per op. Every body of an op has the signature and the meaning of the plain one, its reference. What one
+    op hands to another, angles, expert ids, selected tokens, is in the form that the table's own bodies agree on."""
 
     linear: Callable[..., Tensor]
     head_linear: Callable[..., Tensor]
+    rms_norm: Callable[..., Tensor]
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    swiglu: Callable[..., Tensor]
+    rotary_angles: Callable[..., tuple[Tensor, Tensor]]
+    rotate: Callable[..., Tensor]
+    write_kv_cache: Callable[..., None]
     paged_decode_attention: Callable[..., Tensor]
+    write_latent_cache: Callable[..., None]
     mla_decode_attention: Callable[..., Tensor]
+    write_index_keys: Callable[..., None]
+    lightning_indexer: Callable[..., Tensor]
     sparse_mla_decode_attention: Callable[..., Tensor]
+    gate_topk: Callable[..., tuple[Tensor, Tensor]]
     routed_experts: Callable[..., Tensor]
 
 
 PLAIN = OpTable(
     linear=plain_linear.linear,
     head_linear=plain_linear.head_linear,
+    rms_norm=norm.rms_norm,
+    add_rms_norm=norm.add_rms_norm,
+    swiglu=activation.swiglu,
+    rotary_angles=rope.rotary_angles,
+    rotate=rope.rotate,
+    write_kv_cache=attention.write_kv_cache,
     paged_decode_attention=attention.paged_decode_attention,
+    write_latent_cache=mla.write_latent_cache,
     mla_decode_attention=mla.mla_decode_attention,
+    write_index_keys=dsa.write_index_keys,
+    lightning_indexer=dsa.lightning_indexer,
     sparse_mla_decode_attention=dsa.sparse_mla_decode_attention,
+    gate_topk=moe.gate_topk,
     routed_experts=moe.routed_experts,
 )
 
@@ -54,11 +75,37 @@ def cpu_table() -> OpTable:
     """The C++ kernels, which are built where no earlier run left them. Raises KernelsUnavailable."""
     from .cpu import kernels
 
-    return OpTable(
+    return replace(
+        PLAIN,
         linear=kernels.linear,
         head_linear=kernels.head_linear,
         paged_decode_attention=kernels.paged_decode_attention,
         mla_decode_attention=kernels.mla_decode_attention,
         sparse_mla_decode_attention=partial(dsa.sparse_mla_decode_attention, attention=kernels.mla_decode_attention),
         routed_experts=kernels.routed_experts,
+    )
+
+
+def npu_table() -> OpTable:
+    """torch-npu's operators, for decode steps that TorchAir compiles, with the weights of `ops.npu.weights`. Needs
+    `ops.npu.library.load` before anything is traced."""
+    from .npu import activation, attention, cache, dsa, linear, moe, norm, rope
+
+    return OpTable(
+        linear=linear.linear,
+        head_linear=linear.head_linear,
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        swiglu=activation.swiglu,
+        rotary_angles=rope.rotary_angles,
+        rotate=rope.rotate,
+        write_kv_cache=cache.write_kv_cache,
+        paged_decode_attention=attention.paged_decode_attention,
+        write_latent_cache=cache.write_latent_cache,
+        mla_decode_attention=attention.mla_decode_attention,
+        write_index_keys=cache.write_index_keys,
+        lightning_indexer=dsa.lightning_indexer,
+        sparse_mla_decode_attention=dsa.sparse_mla_decode_attention,
+        gate_topk=moe.gate_topk,
+        routed_experts=moe.routed_experts,
     )

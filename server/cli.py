@@ -15,7 +15,7 @@ _COMMANDS = {
     "chat": "talk to a model on the terminal",
     "bench": "measure an engine or a running server",
     "compile": "compile a model's decode graphs ahead",
-    "graph": "list, check, carry and remove compiled graphs",
+    "graph": "list, check, carry and remove compiled graphs; lower a step for an NPU",
 }
 
 

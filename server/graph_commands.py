@@ -22,6 +22,7 @@ _COMMANDS = {
     "export": "write graphs into one file",
     "import": "take graphs from such a file: executable code",
     "prune": "remove graphs that are broken, old or too many",
+    "lower": "show what a decode step becomes on an NPU, without one",
 }
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -41,6 +42,10 @@ def run_graph(words: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    if command == "lower":
+        from .lower_command import run_lower
+
+        return run_lower(words[1:])
     parser = _parser(command)
     arguments = parser.parse(words[1:])
     run = {"list": _list, "verify": _verify, "export": _export, "import": _import, "prune": _prune}[command]

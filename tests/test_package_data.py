@@ -1,4 +1,4 @@
-"""What a wheel and an sdist have beside the modules: the demo models, and the sources of the C++ kernels."""
+"""What a wheel and an sdist have beside the modules: demo models, sources of the C++ kernels and the simulated NPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "models" / "demo"
+SIMULATOR = ROOT / "ops" / "npu" / "simulator" / "runtime.c"
 SOURCES = ROOT / "ops" / "cpu" / "csrc"
 LIMIT = 12_000_000  # bytes of a model
 
@@ -48,6 +49,10 @@ def test_a_wheel_has_both_models_whole_and_the_card(built):
 def test_a_model_has_at_most_12_mb(built, name):
     sizes = [file.stat().st_size for file in (built / name).iterdir()]
     assert 8_000_000 < sum(sizes) <= LIMIT
+
+
+def test_a_wheel_has_the_source_of_the_simulated_npu(packaged):
+    assert (packaged / "lib/omni_engine/ops/npu/simulator/runtime.c").read_bytes() == SIMULATOR.read_bytes()
 
 
 def test_wheel_and_sdist_have_the_sources_of_the_kernels(packaged):

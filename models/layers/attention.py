@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ...ops.attention import paged_prefill_attention, write_kv_cache
-from ...ops.rope import apply_rope
+from ...ops.attention import paged_prefill_attention
 from ..config import ModelConfig
 from ..forward_context import ForwardContext
 from ..weights import WeightSlot
@@ -51,9 +50,10 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = apply_rope(query, key, cos, sin, self.interleaved)
+        ops = self.ops.table
+        query, key = ops.rotate(query, cos, sin, self.interleaved), ops.rotate(key, cos, sin, self.interleaved)
         key_cache, value_cache = cache
-        write_kv_cache(key, value, key_cache, value_cache, context.slots)
+        ops.write_kv_cache(key, value, key_cache, value_cache, context.slots)
         return self.o_proj(self.attend(query, key_cache, value_cache, context).flatten(1))
 
     def attend(self, query: Tensor, key_cache: Tensor, value_cache: Tensor, context: ForwardContext) -> Tensor:

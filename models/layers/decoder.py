@@ -75,9 +75,8 @@ class CausalDecoder(nn.Module):
         placement = Placement(layout, dtype, device)
         self.ops = placement.ops
         self.embedding = Embedding(config.vocab_size, config.hidden_size, placement)
-        self.rotary = RotaryTable(
-            config.rope, max(config.derived_max_model_len, config.max_position_embeddings), device
-        )
+        positions = max(config.derived_max_model_len, config.max_position_embeddings)
+        self.rotary = RotaryTable(config.rope, positions, placement)
         self.layers = nn.ModuleList(self.build_layer(index, placement) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
         tied = config.tie_word_embeddings

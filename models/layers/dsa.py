@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ...ops.dsa import lightning_indexer, lightning_indexer_prefill, write_index_keys
-from ...ops.rope import rotate
+from ...ops.dsa import lightning_indexer_prefill
 from ..config import IndexerConfig, MLAConfig, ModelConfig
 from ..forward_context import ForwardContext
 from ..weights import WeightSlot
@@ -43,12 +42,12 @@ class Indexer(nn.Module):
         of the heads float32 [tokens, heads]."""
         query = self.query_proj(low_rank).unflatten(-1, (-1, self.indexer.head_dim))
         weights = self.ops.table.linear(hidden.float(), self.weights_proj) * self.scale
-        return rotate(query, cos, sin, self.indexer.interleaved), weights
+        return self.ops.table.rotate(query, cos, sin, self.indexer.interleaved), weights
 
     def keys(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """hidden [tokens, hidden] -> [tokens, 1, dim]."""
         key = self.key_norm(self.key_proj(hidden)).unsqueeze(1)
-        return rotate(key, cos, sin, self.indexer.interleaved)
+        return self.ops.table.rotate(key, cos, sin, self.indexer.interleaved)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Slots of the indexer's tensors; `prefix` ends in a dot, e.g. `model.layers.0.self_attn.indexer.`."""
@@ -76,7 +75,7 @@ class SparseMLAAttention(MLAAttention):
     ) -> Tensor:
         """hidden [tokens, hidden] -> [tokens, hidden]; writes latents, rope keys and indexer keys into `cache`."""
         low_rank, query_nope, query_rope = self.project(hidden, cos, sin, context, cache)
-        write_index_keys(self.indexer.keys(hidden, cos, sin), cache[2], context.slots)
+        self.ops.table.write_index_keys(self.indexer.keys(hidden, cos, sin), cache[2], context.slots)
         selection = self.select(hidden, low_rank, cos, sin, context, cache[2])
         return self.o_proj(self.attend(query_nope, query_rope, context, cache, selection).flatten(1))
 
@@ -84,7 +83,7 @@ class SparseMLAAttention(MLAAttention):
         self, hidden: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, cache: tuple[Tensor, ...]
     ) -> None:
         super().store(hidden, cos, sin, context, cache)
-        write_index_keys(self.indexer.keys(hidden, cos, sin), cache[2], context.slots)
+        self.ops.table.write_index_keys(self.indexer.keys(hidden, cos, sin), cache[2], context.slots)
 
     def select(
         self,
@@ -106,7 +105,7 @@ class SparseMLAAttention(MLAAttention):
         query, weights = self.indexer.queries(hidden, low_rank, cos, sin)
         positions = None
         if sparse_decode:
-            positions = lightning_indexer(
+            positions = self.ops.table.lightning_indexer(
                 query[:decoding],
                 weights[:decoding],
                 index_key_cache,

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...ops.mla import mla_prefill_attention, write_latent_cache
-from ...ops.rope import rotate
+from ...ops.mla import mla_prefill_attention
 from ..config import MLAConfig, ModelConfig
 from ..forward_context import ForwardContext
 from ..weights import WeightSlot
@@ -23,7 +22,7 @@ from .rope import mla_softmax_scale
 class Selection:
     """The tokens that attention reads where it is sparse."""
 
-    positions: Tensor | None  # of the decoding tokens: int64 [n, topk], as `lightning_indexer`; None: all
+    positions: Tensor | None  # of the decoding tokens, as the op `lightning_indexer` tells them; None: all
     masks: tuple[Tensor | None, ...]  # per prefilling request bool [query_len, context_len]; None: what came before
 
 
@@ -34,6 +33,9 @@ class MLAAttention(nn.Module):
     on every rank; heads are split. Decoding absorbs the up-projections into query and output, prefill expands the
     latents; both read the one `kv_b_proj` weight.
     """
+
+    key_up: nn.Parameter | None
+    value_up: nn.Parameter | None
 
     def __init__(self, config: ModelConfig, mla: MLAConfig, placement: Placement) -> None:
         super().__init__()
@@ -55,6 +57,8 @@ class MLAAttention(nn.Module):
         self.kv_norm = RMSNorm(mla.kv_lora_rank, mla.norm_eps, placement)
         up = Rows("kv_b_proj", config.num_heads, mla.qk_nope_head_dim + mla.v_head_dim)
         self.kv_b_proj = ColumnLinear(mla.kv_lora_rank, (up,), placement)
+        self.register_parameter("key_up", None)
+        self.register_parameter("value_up", None)
         self.o_proj = RowLinear(
             "o_proj", config.num_heads, mla.v_head_dim, config.hidden_size, placement, bias=config.o_bias
         )
@@ -63,6 +67,24 @@ class MLAAttention(nn.Module):
     def up_projection(self) -> Tensor:
         """The view [heads, nope_dim + value_dim, rank] of `kv_b_proj`: per head the key's rows, then the value's."""
         return self.kv_b_proj.weight.unflatten(0, (-1, self.mla.qk_nope_head_dim + self.mla.v_head_dim))
+
+    def pack_up_projection(self) -> None:
+        """Keep what decoding absorbs a second time, contiguous: [heads, nope_dim, rank] and [heads, rank, value_dim].
+        For devices that would copy the views of `kv_b_proj` at every step. Called once, when the weights are there."""
+        key_up, value_up = self.up_projection.split((self.mla.qk_nope_head_dim, self.mla.v_head_dim), dim=1)
+        self.key_up = nn.Parameter(key_up.contiguous(), requires_grad=False)
+        self.value_up = nn.Parameter(value_up.mT.contiguous(), requires_grad=False)
+
+    def absorb(self, query: Tensor) -> Tensor:
+        """query [n, heads, nope_dim] -> [n, heads, rank]: the key's up-projection on the query's side."""
+        key_up = self.up_projection[:, : self.mla.qk_nope_head_dim] if self.key_up is None else self.key_up
+        return self.ops.table.head_linear(query, key_up, True)
+
+    def expand(self, attended: Tensor) -> Tensor:
+        """attended [n, heads, rank] -> [n, heads, value_dim]."""
+        if self.value_up is not None:
+            return self.ops.table.head_linear(attended, self.value_up, True)
+        return self.ops.table.head_linear(attended, self.up_projection[:, self.mla.qk_nope_head_dim :])
 
     def forward(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, cache: tuple[Tensor, ...]
@@ -82,7 +104,7 @@ class MLAAttention(nn.Module):
         query = self.q_proj(low_rank).unflatten(-1, (-1, nope_dim + rope_dim))
         query_nope, query_rope = query.split((nope_dim, rope_dim), dim=-1)
         self.write(down[-1], cos, sin, context, cache)
-        return low_rank, query_nope, rotate(query_rope, cos, sin, self.interleaved)
+        return low_rank, query_nope, self.ops.table.rotate(query_rope, cos, sin, self.interleaved)
 
     def store(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, cache: tuple[Tensor, ...]
@@ -95,7 +117,7 @@ class MLAAttention(nn.Module):
     ) -> None:
         """latent_and_key [tokens, rank + rope_dim], as projected -> normalised and rotated in `cache`."""
         latent_cache, rope_key_cache = cache[:2]
-        write_latent_cache(
+        self.ops.table.write_latent_cache(
             latent_and_key,
             self.kv_norm.weight,
             self.kv_norm.epsilon,
@@ -120,10 +142,9 @@ class MLAAttention(nn.Module):
         requests, decoding = context.num_decode, context.num_decode_tokens
         outputs = []
         if decoding:
-            key_up, value_up = self.up_projection.split((self.mla.qk_nope_head_dim, self.mla.v_head_dim), dim=1)
             ops = self.ops.table
             arguments = (
-                ops.head_linear(query_nope[:decoding], key_up, True),  # [n, heads, rank]
+                self.absorb(query_nope[:decoding]),
                 query_rope[:decoding],
                 latent_cache,
                 rope_key_cache,
@@ -134,7 +155,7 @@ class MLAAttention(nn.Module):
                 attended = ops.mla_decode_attention(*arguments, self.scale)
             else:
                 attended = ops.sparse_mla_decode_attention(*arguments, selection.positions, self.scale)
-            outputs.append(ops.head_linear(attended, value_up))
+            outputs.append(self.expand(attended))
         if context.prefill_query_lens:
             expanded = mla_prefill_attention(
                 query_nope[decoding:],

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from ...ops.activation import swiglu
 from ..weights import WeightSlot
 from .linear import ColumnLinear, RowLinear, Rows
 from .placement import Placement
@@ -17,12 +16,13 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, placement: Placement, *, bias: bool = False) -> None:
         super().__init__()
+        self.ops = placement.ops
         parts = (Rows("gate_proj", intermediate_size), Rows("up_proj", intermediate_size))
         self.gate_up_proj = ColumnLinear(hidden_size, parts, placement, bias=bias)
         self.down_proj = RowLinear("down_proj", intermediate_size, 1, hidden_size, placement, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(hidden)))
+        return self.down_proj(self.ops.table.swiglu(self.gate_up_proj(hidden)))
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Slots of the layer's tensors; `prefix` ends in a dot, e.g. `model.layers.0.mlp.`."""

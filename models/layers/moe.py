@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ...ops.moe import gate_topk
 from ..config import MoEConfig
 from ..weights import Shard, WeightSlot
 from .mlp import GatedMLP
@@ -33,12 +32,20 @@ class MoE(nn.Module):
         )
         self.gate_up = placement.empty(moe.num_experts, 2 * (stop - start), hidden_size)
         self.down = placement.empty(moe.num_experts, hidden_size, stop - start)
+        self.is_packed = False
         shared_size = moe.num_shared_experts * size
         self.shared_experts = GatedMLP(hidden_size, shared_size, placement, bias=bias) if shared_size else None
 
+    def pack(self, packed: Callable[[Tensor], Tensor]) -> None:
+        """Replace the experts' weights by what `packed` makes of them, one tensor at a time, once."""
+        if not self.is_packed:
+            self.gate_up = nn.Parameter(packed(self.gate_up), requires_grad=False)
+            self.down = nn.Parameter(packed(self.down), requires_grad=False)
+            self.is_packed = True
+
     def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [tokens, hidden] -> (weights float32, expert ids int64), both [tokens, experts_per_token]."""
-        return gate_topk(
+        """hidden [tokens, hidden] -> (weights float32, expert ids), both [tokens, experts_per_token]."""
+        return self.ops.table.gate_topk(
             self.ops.table.linear(hidden.float(), self.gate),
             self.moe.experts_per_token,
             scoring=self.moe.scoring,

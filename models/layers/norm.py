@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ...ops.norm import add_rms_norm, layer_norm, rms_norm
+from ...ops.norm import layer_norm
 from ..weights import WeightSlot
 from .placement import Placement
 
@@ -17,15 +17,16 @@ class RMSNorm(nn.Module):
 
     def __init__(self, dim: int, epsilon: float, placement: Placement) -> None:
         super().__init__()
+        self.ops = placement.ops
         self.epsilon = epsilon
         self.weight = placement.empty(dim)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return rms_norm(hidden, self.weight, self.epsilon)
+        return self.ops.table.rms_norm(hidden, self.weight, self.epsilon)
 
     def add(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of `residual + hidden`, and that sum."""
-        return add_rms_norm(hidden, residual, self.weight, self.epsilon)
+        return self.ops.table.add_rms_norm(hidden, residual, self.weight, self.epsilon)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield WeightSlot(f"{prefix}.weight", self.weight)

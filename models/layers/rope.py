@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RopeConfig
+from .placement import Placement
 
 
 class RotaryTable(nn.Module):
@@ -16,8 +17,9 @@ class RotaryTable(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, rope: RopeConfig, positions: int, device: torch.device) -> None:
+    def __init__(self, rope: RopeConfig, positions: int, placement: Placement) -> None:
         super().__init__()
+        self.ops, self.dtype, device = placement.ops, placement.dtype, placement.device
         # On the host, so that every device has the same table; in float32, as in the implementations
         # that checkpoints were trained and published with
         angles = torch.arange(positions, dtype=torch.float32).unsqueeze(1) * inverse_frequencies(rope, positions)
@@ -26,10 +28,11 @@ class RotaryTable(nn.Module):
         self.register_buffer("sin", (angles.sin() * scale).to(device), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions int64 [tokens] -> cos, sin float32 [tokens, pairs]. Positions behind the table, where only drafts
-        that will be dropped can stand, take its last row."""
+        """positions int64 [tokens] -> cos and sin of the tokens, as the op `rotary_angles` makes them of float32
+        [tokens, pairs]. Positions behind the table, where only drafts that will be dropped can stand, take its last
+        row."""
         rows = positions.clamp(max=self.cos.shape[0] - 1)
-        return self.cos[rows], self.sin[rows]
+        return self.ops.table.rotary_angles(self.cos[rows], self.sin[rows], self.dtype)
 
 
 def inverse_frequencies(rope: RopeConfig, positions: int) -> Tensor:

@@ -17,7 +17,7 @@ from .contracts import (
     need_shape,
 )
 from .norm import rms_norm
-from .rope import both_halves, rotate
+from .rope import rotate
 
 LATENT_RANK, ROPE_DIM = 512, 64  # the sizes that the fused MLA operators have
 
@@ -104,9 +104,9 @@ def fused_latent_write(
     """`write_latent_cache` by one operator. Mutates both caches.
 
     npu_kv_rmsnorm_rope_cache_v2 in cache mode PA: latent_and_key [tokens, 576], norm_weight [512], caches [blocks,
-    block_size, 1, 512] and [blocks, block_size, 1, 64], all bfloat16 or all float16; cos, sin float32 [tokens, 32],
-    which are rounded to that dtype; slots int64 [tokens], distinct. The second version, because the schema of the first
-    does not tell that it mutates. It takes the rope cache before the latent one.
+    block_size, 1, 512] and [blocks, block_size, 1, 64], all bfloat16 or all float16; cos, sin [tokens, 64] of
+    that dtype, from `rope.rotary_angles`; slots int64 [tokens], distinct. The second version, because the schema of the
+    first does not tell that it mutates. It takes the rope cache before the latent one.
     """
     operator = "npu_kv_rmsnorm_rope_cache_v2"
     tokens = latent_and_key.shape[0]
@@ -117,14 +117,15 @@ def fused_latent_write(
     for name, tensor in (("norm_weight", norm_weight), ("latent_cache", latent_cache)):
         need_same_dtype(operator, name, tensor, "latent_and_key", latent_and_key)
     for name, angles in (("cos", cos), ("sin", sin)):
-        need_shape(operator, name, angles, tokens, ROPE_DIM // 2)
+        need_shape(operator, name, angles, tokens, ROPE_DIM)
+        need_same_dtype(operator, name, angles, "latent_and_key", latent_and_key)
     need_slots(operator, slots, tokens, torch.int64)
     shape = (tokens, 1, 1, ROPE_DIM)
     torch.ops.npu.npu_kv_rmsnorm_rope_cache_v2(
         latent_and_key.contiguous().view(tokens, 1, 1, LATENT_RANK + ROPE_DIM),
         norm_weight,
-        both_halves(cos, latent_and_key.dtype).view(shape),
-        both_halves(sin, latent_and_key.dtype).view(shape),
+        cos.view(shape),
+        sin.view(shape),
         slots,
         rope_key_cache,
         latent_cache,

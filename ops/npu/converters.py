@@ -1,5 +1,6 @@
-"""Graph engine forms of the integer operations that the noise of sampling is made of and TorchAir leaves out.
+"""Graph engine forms of what TorchAir has no converter for, or a worse one.
 
+That is the product with a weight as it lies, and the integer operations that the noise of sampling is made of.
 TorchAir 2.13 has no converter for bitwise_xor of any kind, for `>>`, and for bitwise_and with a number. The graph
 engine has the operators: BitwiseXor, RightShift (arithmetic on signed integers, like torch's) and BitwiseAnd.
 """
@@ -10,6 +11,8 @@ import functools
 from typing import Any
 
 import torch
+
+from . import linear as _linear  # noqa: F401  # defines the op
 
 
 @functools.cache
@@ -26,6 +29,12 @@ def register() -> None:
         return ge.custom_op(operator, inputs=inputs, outputs=[output])
 
     aten = torch.ops.aten
+
+    @torchair.register_fx_node_ge_converter(torch.ops.omni_engine_npu.linear.default)
+    def _(x: Any, weight: Any, meta_outputs: Any = None) -> Any:
+        attributes = {"transpose_x1": ge.attr.Bool(False), "transpose_x2": ge.attr.Bool(True)}
+        inputs = {"x1": x, "x2": weight, "bias": None}
+        return ge.custom_op("MatMul", inputs=inputs, attrs=attributes, outputs=["y"])
 
     @torchair.register_fx_node_ge_converter(aten.bitwise_xor.Tensor)
     def _(self: Any, other: Any, meta_outputs: Any = None) -> Any:

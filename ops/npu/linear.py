@@ -10,14 +10,22 @@ from .contracts import FLOATING, need_dtype, need_range, need_same_dtype, need_s
 
 INNER_LIMIT = 65536
 
+# torch's product with a transposed weight becomes two nodes of the graph engine, of which one moves the whole weight.
+# This one has a converter of its own (`ops.npu.converters`): one product, which reads the weight as it lies.
+_library = torch.library.Library("omni_engine_npu", "DEF")
+_library.define("linear(Tensor x, Tensor weight) -> Tensor")
+_library.impl("linear", functional.linear, "CompositeExplicitAutograd")
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `ops.linear.linear`: the weight [outputs, inputs] in ND or NZ (`ops.npu.weights.to_nz`); every form of it is
-    torch's own product. Mutates nothing."""
+    """As `ops.linear.linear`: the weight [outputs, inputs] in ND or NZ (`ops.npu.weights.to_nz`). Without a bias and of
+    rows alone it is one node of a graph; otherwise torch's own product. Mutates nothing."""
     operator = "MatMul"
     need_shape(operator, "weight", weight, None, x.shape[-1])
     need_dtype(operator, "x", x, *FLOATING)
     need_same_dtype(operator, "weight", weight, "x", x)
+    if bias is None and x.dim() == 2:
+        return torch.ops.omni_engine_npu.linear(x, weight)
     return functional.linear(x, weight, bias)
 
 

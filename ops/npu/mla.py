@@ -10,7 +10,6 @@ from torch import Tensor
 from .attention import HEAD_COUNTS
 from .cache import LATENT_RANK, ROPE_DIM, need_latent_caches, need_slots
 from .contracts import need_among, need_dtype, need_range, need_shape
-from .rope import both_halves
 
 HIDDEN_SIZES, QUERY_RANK, NOPE_DIM = (6144, 7168, 7680), 1536, 128
 
@@ -41,7 +40,7 @@ def mla_prolog(
 
     npu_mla_prolog_v3, whose schema tells that it mutates, as the second version's does not: hidden bfloat16 [tokens,
     hidden], hidden 6144, 7168 or 7680; heads 1, 2, 4, …, 128; interleaved pairs; epsilons of the query's norm and the
-    latent's; cos, sin float32 [tokens, 32], rounded to bfloat16; caches as in `ops.npu.cache.write_latent_cache`,
+    latent's; cos, sin [tokens, 64], from `ops.npu.rope.rotary_angles`; caches as in `ops.npu.cache.write_latent_cache`,
     block_size 16 or 128; slots int64 [tokens] -> (query_latent [tokens, heads, 512], query_rope [tokens, heads, 64]).
     """
     operator = "npu_mla_prolog_v3"
@@ -62,7 +61,8 @@ def mla_prolog(
     for name, tensor in (("hidden", hidden), ("latent_cache", latent_cache), *vars(weights).items()):
         need_dtype(operator, name, tensor, torch.bfloat16)
     for name, angles in (("cos", cos), ("sin", sin)):
-        need_shape(operator, name, angles, tokens, ROPE_DIM // 2)
+        need_shape(operator, name, angles, tokens, ROPE_DIM)
+        need_dtype(operator, name, angles, torch.bfloat16)
     need_slots(operator, slots, tokens, torch.int64)
     query_latent, query_rope, *_ = torch.ops.npu.npu_mla_prolog_v3(
         hidden,
@@ -72,8 +72,8 @@ def mla_prolog(
         weights.latent_down,
         weights.query_norm,
         weights.latent_norm,
-        both_halves(sin, torch.bfloat16),
-        both_halves(cos, torch.bfloat16),
+        sin,
+        cos,
         latent_cache,
         rope_key_cache,
         cache_index=slots,

@@ -10,30 +10,28 @@ from .contracts import FLOATING, HALF, need_dtype, need_range, need_same_dtype, 
 INTERLEAVED_DIM = 64  # the one size that npu_interleave_rope has
 
 
-def both_halves(angles: Tensor, dtype: torch.dtype) -> Tensor:
-    """cos or sin, float32 [tokens, pairs] -> [tokens, 2 * pairs] of `dtype`, the form that every operator wants."""
-    return torch.cat((angles, angles), dim=-1).to(dtype)
+def rotary_angles(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin float32 [tokens, pairs] -> [tokens, 2 * pairs] of `dtype` each, both halves alike: the form that every
+    operator wants."""
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((sin, sin), dim=-1).to(dtype)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """As `ops.rope.rotate`, with cos and sin rounded to the dtype of `heads`.
+    """As `ops.rope.rotate`, with cos and sin from `rotary_angles`, rounded to the dtype of `heads`.
 
-    heads [tokens, heads, dim], cos, sin float32 [tokens, pairs] -> [tokens, heads, dim], in halves. By
+    heads [tokens, heads, dim], cos, sin [tokens, 2 * pairs] -> [tokens, heads, dim], in halves. By
     npu_interleave_rope where it applies (`interleave_rope`), else by npu_rotary_mul (`rotary_mul`), before which
     interleaved pairs are put into halves. Mutates nothing.
     """
-    pairs = cos.shape[-1]
-    need_shape("rotate", "cos", cos, heads.shape[0], pairs)
-    need_shape("rotate", "sin", sin, heads.shape[0], pairs)
-    need_range("rotate", "2 * pairs of cos", 2 * pairs, 2, heads.shape[-1])
-    rotated, rest = heads[..., : 2 * pairs], heads[..., 2 * pairs :]
-    full_cos, full_sin = both_halves(cos, heads.dtype), both_halves(sin, heads.dtype)
-    if interleaved and 2 * pairs == INTERLEAVED_DIM and heads.dtype in HALF:
-        turned = interleave_rope(rotated, full_cos, full_sin)
+    size = cos.shape[-1]
+    need_range("rotate", "the last size of cos", size, 2, heads.shape[-1])
+    rotated, rest = heads[..., :size], heads[..., size:]
+    if interleaved and size == INTERLEAVED_DIM and heads.dtype in HALF:
+        turned = interleave_rope(rotated, cos, sin)
     else:
         if interleaved:
-            rotated = rotated.unflatten(-1, (pairs, 2)).transpose(-1, -2).flatten(-2)
-        turned = rotary_mul(rotated, full_cos, full_sin)
+            rotated = rotated.unflatten(-1, (size // 2, 2)).transpose(-1, -2).flatten(-2)
+        turned = rotary_mul(rotated, cos, sin)
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
 
 

@@ -29,11 +29,16 @@ def load_module(name: str) -> ModuleType:
 @functools.cache
 def loaded() -> ctypes.CDLL | str:
     """The C side of the simulator, built once per machine and loaded before torch-npu is imported; or why not."""
-    build = load_module("build")
+    from omni_engine.ops.npu.simulator import build
+
     try:
         return build.load()
     except build.SimulatorUnavailable as reason:
         return str(reason)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite-golden", action="store_true", help="write the histograms of nodes anew")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -54,8 +59,8 @@ def graphs(simulator) -> ModuleType:
     """`graphs.lower(function, *arguments)`, with the NPU library loaded for the simulated device."""
     import torch
 
-    module = load_module("graphs")
     from omni_engine.ops.npu import library
+    from omni_engine.ops.npu.simulator import graphs as module
 
     library.load(torch.device("npu:0"))
     return module

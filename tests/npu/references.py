@@ -38,6 +38,12 @@ def rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, T
     return (wide * reciprocal * gamma.double()).to(x.dtype), reciprocal.float()
 
 
+@cpu("npu_format_cast")
+def format_cast(input: Tensor, acl_format: int) -> Tensor:
+    """Storage formats have no meaning on a CPU; shape and values stay."""
+    return input.clone()
+
+
 @cpu("npu_add_rms_norm")
 def add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     total = x1 + x2

@@ -29,10 +29,8 @@ REQUESTS, BLOCKS, BLOCK_SIZE, WIDTH = 4, 64, 128, 32
 LATENTS, ROPE_KEYS = (BLOCKS, BLOCK_SIZE, 1, 512), (BLOCKS, BLOCK_SIZE, 1, 64)
 KEYS, INDEX_KEYS = (BLOCKS, BLOCK_SIZE, 8, 128), (BLOCKS, BLOCK_SIZE, 1, 128)
 TABLE, LENS, SLOTS = ((REQUESTS, WIDTH), I32), ((REQUESTS,), I32), ((REQUESTS,), I64)
-ANGLES, HALF_ANGLES = ((REQUESTS, 64), F32), ((REQUESTS, 32), F32)
+ANGLES, ROPE_ANGLES, PLAIN_ANGLES = (REQUESTS, 128), (REQUESTS, 64), ((REQUESTS, 64), F32)
 GROUP = dispatch.ExpertGroup("experts", 64, 3, 256)
-# Of cos and sin: both halves, in the dtype of the heads.
-ANGLE_WORK = {"ConcatV2": 2, "Cast": 2}
 # What stands for the optional lists that a grouped product is not given.
 ABSENT = {"Fill": 5, "Cast": 5}
 
@@ -49,6 +47,10 @@ def add_rms_norm(*tensors: Tensor) -> tuple[Tensor, Tensor]:
 
 def add_rms_norm_dynamic_quant(*tensors: Tensor) -> tuple[Tensor, ...]:
     return norm.add_rms_norm_dynamic_quant(*tensors, epsilon=1e-6)
+
+
+def angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return rope.rotary_angles(cos, sin, BF16)
 
 
 def rotate_halves(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -148,7 +150,7 @@ def indexed(tokens: int) -> list[Argument]:
     return [(REQUESTS * tokens, 64, 128), ((REQUESTS * tokens, 64), F32), INDEX_KEYS, TABLE, LENS]
 
 
-LATENT_WRITE = [(REQUESTS, 576), (512,), HALF_ANGLES, HALF_ANGLES, LATENTS, ROPE_KEYS, SLOTS]
+LATENT_WRITE = [(REQUESTS, 576), (512,), ROPE_ANGLES, ROPE_ANGLES, LATENTS, ROPE_KEYS, SLOTS]
 EXPERTS = [(REQUESTS, 2048), ((REQUESTS, 8), F32), ((REQUESTS, 8), I32), (16, 2048, 1536), (16, 768, 2048)]
 INT8_EXPERTS = [((4, 7168, 4096), I8), ((4, 4096), F32), ((4, 2048, 7168), I8), (4, 7168)]
 WINDOW = {"Range": 2, "Cast": 3, "Reshape": 6, "Add": 1, "GreaterEqual": 1, "Sub": 1, "Less": 1, "LogicalOr": 1}
@@ -157,13 +159,14 @@ CASES = [
     case(add_rms_norm, [(4, 7168), (4, 7168), (7168,)], {"AddRmsNorm": 1}),
     case(add_rms_norm_dynamic_quant, [(4, 7168), (4, 7168), (7168,)], {"AddRmsNormDynamicQuant": 1}),
     case(activation.swiglu, [(4, 4096)], {"SwiGlu": 1}),
+    case(angles, [PLAIN_ANGLES, PLAIN_ANGLES], {"ConcatV2": 2, "Cast": 2}),
     case(
         rotate_halves, [(4, 8, 128), ANGLES, ANGLES],
-        plus(ANGLE_WORK, {"Unsqueeze": 1, "Reshape": 2, "RotaryMul": 1, "Squeeze": 1}),
+        {"Unsqueeze": 1, "Reshape": 2, "RotaryMul": 1, "Squeeze": 1},
     ),
     case(
-        rotate_pairs, [(4, 64, 64), HALF_ANGLES, HALF_ANGLES],
-        plus(ANGLE_WORK, {"Unsqueeze": 1, "Reshape": 2, "InterleaveRope": 1, "Squeeze": 1}),
+        rotate_pairs, [(4, 64, 64), ROPE_ANGLES, ROPE_ANGLES],
+        {"Unsqueeze": 1, "Reshape": 2, "InterleaveRope": 1, "Squeeze": 1},
     ),
     case(cache.write_kv_cache, [(4, 8, 128), (4, 8, 128), KEYS, KEYS, SLOTS], {"ScatterPaKvCache": 1}, [KEYS, KEYS]),
     case(
@@ -171,12 +174,12 @@ CASES = [
         {"FloorDiv": 1, "FloorMod": 1, "Pack": 1, "ScatterNdUpdate": 1}, [INDEX_KEYS],
     ),
     case(
-        write_latents, LATENT_WRITE, plus(ANGLE_WORK, {"Reshape": 3, "KvRmsNormRopeCache": 1}), [LATENTS, ROPE_KEYS],
+        write_latents, LATENT_WRITE, {"Reshape": 3, "KvRmsNormRopeCache": 1}, [LATENTS, ROPE_KEYS],
     ),
     case(
         write_latents_one_by_one, LATENT_WRITE,
-        plus(ANGLE_WORK, {"SplitV": 1, "Identity": 1, "RmsNorm": 1, "Unsqueeze": 3, "Reshape": 2, "RotaryMul": 1,
-                          "Squeeze": 1, "ScatterPaKvCache": 1}),
+        {"SplitV": 1, "Identity": 1, "RmsNorm": 1, "Unsqueeze": 3, "Reshape": 2, "RotaryMul": 1,
+                          "Squeeze": 1, "ScatterPaKvCache": 1},
         [LATENTS, ROPE_KEYS],
     ),
     case(paged_attention, attended(1), {"Cast": 1, "Reshape": 4, "FusedInferAttentionScore": 1}),
@@ -193,9 +196,9 @@ CASES = [
     ),
     case(
         prolog,
-        [(4, 7168), (7168, 1536), (1536, 32 * 192), (32, 128, 512), (7168, 576), (1536,), (512,), HALF_ANGLES,
-         HALF_ANGLES, LATENTS, ROPE_KEYS, SLOTS],
-        plus(ANGLE_WORK, {"MlaPrologV3": 1}), [LATENTS, ROPE_KEYS],
+        [(4, 7168), (7168, 1536), (1536, 32 * 192), (32, 128, 512), (7168, 576), (1536,), (512,), ROPE_ANGLES,
+         ROPE_ANGLES, LATENTS, ROPE_KEYS, SLOTS],
+        {"MlaPrologV3": 1}, [LATENTS, ROPE_KEYS],
     ),
     case(deepseek_gate, [((4, 256), F32), ((256,), F32)], {"MoeGatingTopK": 1}),
     case(
@@ -221,7 +224,7 @@ CASES = [
     case(
         quant.quant_matmul, [((4, 7168), I8), ((7168, 1536), I8), (1536,), ((4,), F32)], {"QuantBatchMatmulV3": 1},
     ),
-    case(linear.linear, [(4, 7168), (1536, 7168)], {"Transpose": 1, "MatMul": 1}),
+    case(linear.linear, [(4, 7168), (1536, 7168)], {"MatMul": 1}),
     case(latent_to_query, [(4, 64, 128), (64, 128, 512)], {"TransposeBatchMatMul": 1}),
     case(latent_to_query, [(4, 128, 512), (128, 512, 128)], {"Transpose": 2, "BatchMatMul": 1}, name="too-many-heads"),
 ]  # fmt: skip

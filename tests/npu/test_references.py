@@ -52,9 +52,18 @@ def copies(caches: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, tor
     return caches[0].clone(), caches[1].clone()
 
 
+Angles = tuple[torch.Tensor, torch.Tensor]
+
+
 def angles(tokens: int, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
     turned = torch.rand(tokens, pairs) * 6.28
     return turned.cos(), turned.sin()
+
+
+def prepared(tokens: int, pairs: int, dtype: torch.dtype) -> tuple[Angles, Angles]:
+    """The same angles as the plain ops take them, and as the NPU's do."""
+    plain = angles(tokens, pairs)
+    return plain, npu_rope.rotary_angles(*plain, dtype)
 
 
 def tables(requests: int, blocks: int, width: int) -> torch.Tensor:
@@ -93,8 +102,8 @@ def test_swiglu(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("dim", "pairs"), [(64, 32), (128, 64), (128, 32), (20, 4)])
 def test_rotation(dtype: torch.dtype, interleaved: bool, dim: int, pairs: int) -> None:
-    heads, (cos, sin) = torch.randn(5, 3, dim).to(dtype), angles(5, pairs)
-    expected = rope.rotate(heads, cos, sin, interleaved)
+    heads, (plain, (cos, sin)) = torch.randn(5, 3, dim).to(dtype), prepared(5, pairs, dtype)
+    expected = rope.rotate(heads, *plain, interleaved)
     close(npu_rope.rotate(heads, cos, sin, interleaved), expected, factor=4)  # cos and sin are rounded too
     assert far(npu_rope.rotate(heads, cos, sin, not interleaved), expected)
     assert far(npu_rope.rotate(heads, cos, -sin, interleaved), expected)
@@ -131,16 +140,16 @@ def test_index_keys_are_written() -> None:
 def test_latents_and_rope_keys_are_written(rank: int, rope_dim: int, interleaved: bool, dtype: torch.dtype) -> None:
     tokens = 4
     projected, weight = torch.randn(tokens, rank + rope_dim).to(dtype), torch.rand(rank).to(dtype)
-    cos, sin = angles(tokens, rope_dim // 2)
+    plain, turned = prepared(tokens, rope_dim // 2, dtype)
     caches = torch.zeros(6, 16, 1, rank, dtype=dtype), torch.zeros(6, 16, 1, rope_dim, dtype=dtype)
     expected = copies(caches)
     slots = torch.tensor([3, 95, 16, 40])
-    npu_cache.write_latent_cache(projected, weight, 1e-6, cos, sin, interleaved, *caches, slots)
-    mla.write_latent_cache(projected, weight, 1e-6, cos, sin, interleaved, *expected, slots)
+    npu_cache.write_latent_cache(projected, weight, 1e-6, *turned, interleaved, *caches, slots)
+    mla.write_latent_cache(projected, weight, 1e-6, *plain, interleaved, *expected, slots)
     for cache, wanted in zip(caches, expected, strict=True):
         close(cache, wanted, factor=4)
         assert torch.equal(cache.abs().amax(-1) > 0, wanted.abs().amax(-1) > 0)
-    mla.write_latent_cache(projected, weight, 1e-6, cos, sin, not interleaved, *expected, slots)
+    mla.write_latent_cache(projected, weight, 1e-6, *plain, not interleaved, *expected, slots)
     assert far(caches[1], expected[1])
 
 
@@ -328,7 +337,7 @@ def test_the_fused_prolog_is_the_separate_operations() -> None:
     made = {name: (torch.randn(shape) * shape[-2] ** -0.5).to(BF16) for name, shape in shapes.items()}
     norms = {name: (torch.rand(rank) + 0.5).to(BF16) for name, rank in (("query_norm", 1536), ("latent_norm", 512))}
     weights = npu_mla.PrologWeights(**made, **norms)
-    cos, sin = angles(tokens, 32)
+    plain, (cos, sin) = prepared(tokens, 32, BF16)
     caches = torch.zeros(4, 16, 1, 512, dtype=BF16), torch.zeros(4, 16, 1, 64, dtype=BF16)
     expected = copies(caches)
     slots = torch.tensor([5, 40, 17])
@@ -336,8 +345,8 @@ def test_the_fused_prolog_is_the_separate_operations() -> None:
     low_rank = norm.rms_norm(hidden @ weights.query_down, weights.query_norm, 1e-6)
     nope, pe = (low_rank @ weights.query_up).view(tokens, heads, 192).split((128, 64), -1)
     close(latent, linear.head_linear(nope, weights.key_up, True), factor=8)
-    close(rotated, rope.rotate(pe, cos, sin, True), factor=8)
-    mla.write_latent_cache(hidden @ weights.latent_down, weights.latent_norm, 1e-5, cos, sin, True, *expected, slots)
+    close(rotated, rope.rotate(pe, *plain, True), factor=8)
+    mla.write_latent_cache(hidden @ weights.latent_down, weights.latent_norm, 1e-5, *plain, True, *expected, slots)
     for cache, wanted in zip(caches, expected, strict=True):
         close(cache, wanted, factor=8)
     assert far(npu_mla.mla_prolog(hidden, weights, (1e-6, 1e-5), sin, cos, *caches, slots)[1], rotated)

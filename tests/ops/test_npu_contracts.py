@@ -40,7 +40,7 @@ def strided(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 
 LATENTS, ROPE_KEYS, SLOTS = of(64, 128, 1, 512), of(64, 128, 1, 64), of(4, dtype=I64)
-ANGLES, TABLE, LENS = of(4, 32, dtype=F32), of(4, 8, dtype=I32), of(4, dtype=I32)
+ANGLES, TABLE, LENS = of(4, 64), of(4, 8, dtype=I32), of(4, dtype=I32)
 KEYS = of(64, 128, 8, 128)
 GROUP = dispatch.ExpertGroup("experts", 16, 3, 256)
 SENT = dispatch.Dispatched(
@@ -109,11 +109,12 @@ CONTRACTS: list[tuple[Any, dict[str, Any], list[tuple[str, Any, str]]]] = [
     ),
     (
         rope.rotate,
-        {"heads": of(4, 8, 128), "cos": of(4, 64, dtype=F32), "sin": of(4, 64, dtype=F32), "interleaved": False},
+        {"heads": of(4, 8, 128), "cos": of(4, 128), "sin": of(4, 128), "interleaved": False},
         [
-            ("heads", of(4, 8, 126), "2 \\* pairs of cos from 2 to 126: 128"),
-            ("cos", of(1, 64, dtype=F32), "cos of shape"),
-            ("sin", of(4, 32, dtype=F32), "sin of shape"),
+            ("heads", of(4, 8, 126), "the last size of cos from 2 to 126: 128"),
+            ("cos", of(1, 128), "cos of shape"),
+            ("sin", of(4, 64), "sin of shape"),
+            ("cos", of(4, 128, dtype=F32), "cos of the dtype of heads"),
             ("heads", of(4, 1000, 128), "the number of heads from 1 to 999: 1000"),
             ("heads", of(4, 8, 128, dtype=torch.float64), "heads of dtype"),
         ],
@@ -177,8 +178,9 @@ CONTRACTS: list[tuple[Any, dict[str, Any], list[tuple[str, Any, str]]]] = [
             ("latent_and_key", of(4, 576, dtype=F32), "latent_and_key of dtype bfloat16 or float16"),
             ("norm_weight", of(512, dtype=F32), "norm_weight of the dtype"),
             ("norm_weight", of(256), "norm_weight of shape"),
-            ("cos", of(4, 64, dtype=F32), "cos of shape"),
-            ("sin", of(3, 32, dtype=F32), "sin of shape"),
+            ("cos", of(4, 32), "cos of shape"),
+            ("sin", of(3, 64), "sin of shape"),
+            ("sin", of(4, 64, dtype=F32), "sin of the dtype of latent_and_key"),
             ("latent_cache", of(64, 128, 512), "latent_cache of shape"),
             ("latent_cache", of(64, 128, 1, 512, dtype=F16), "rope_key_cache of the dtype of latent_cache"),
             ("latent_cache", strided(64, 128, 1, 512), "latent_cache to be contiguous"),
@@ -276,7 +278,8 @@ CONTRACTS: list[tuple[Any, dict[str, Any], list[tuple[str, Any, str]]]] = [
             ("weights", prolog(query_up=of(1536, 32 * 128)), "query_up of shape"),
             ("weights", prolog(latent_down=of(7168, 512)), "latent_down of shape"),
             ("weights", prolog(query_norm=of(1536, dtype=F32)), "query_norm of dtype bfloat16"),
-            ("cos", of(4, 64, dtype=F32), "cos of shape"),
+            ("cos", of(4, 32), "cos of shape"),
+            ("cos", of(4, 64, dtype=F32), "cos of dtype bfloat16"),
             ("slots", of(4, dtype=I32), "slots of dtype int64"),
         ],
     ),

@@ -194,7 +194,7 @@ def test_wrong_usage_is_told_in_one_line(cache, capsys, words, problem):
 
 def test_an_unknown_command_is_told(capsys):
     status, _, error = run(capsys, "show")
-    assert status == 2 and error.endswith("choose from list, verify, export, import, prune: show\n")
+    assert status == 2 and error.endswith("choose from list, verify, export, import, prune, lower: show\n")
 
 
 def test_names_from_an_archive_cannot_steer_the_terminal(cache, capsys):
@@ -216,3 +216,34 @@ def test_the_commands_import_no_torch(cache):
     code = "import sys; from omni_engine.server.cli import main; main(['graph', 'list']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+# --- lower: what it refuses; what it does is in tests/npu ------------------------------------------------------------
+
+
+def test_lowering_without_its_tools_says_what_to_install(capsys, monkeypatch):
+    from omni_engine.ops.npu.simulator import build
+
+    def missing():
+        raise build.SimulatorUnavailable("the NPU simulator is built with gcc, which is not installed")
+
+    monkeypatch.setattr(build, "load", missing)
+    status, _, errors = run(capsys, "lower", "--gear", 4, "--target", "npu")
+    assert status == 1
+    assert "install gcc and binutils" in errors and "omni-engine[npu]" in errors
+    assert errors.endswith("the NPU simulator is built with gcc, which is not installed\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--target", "npu"], "--gear"),
+        (["--gear", "0", "--target", "npu"], "positive integer: 0"),
+        (["--gear", "4", "--target", "gpu"], "--target"),
+        (["--gear", "4", "--target", "npu", "--chip", "H100"], "--chip"),
+    ],
+)
+def test_wrong_words_of_lower_are_refused(capsys, words, message):
+    with pytest.raises(SystemExit) as ended:
+        main(["graph", "lower", *words])
+    assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -28,6 +28,7 @@ from torchair.ge._ge_graph import (  # pyright: ignore[reportMissingImports]
 # Ends and constants of a graph, which say nothing about what it computes.
 FRAME = ("Data", "RefData", "Const", "ConstPlaceHolder", "NetOutput")
 # Nodes that move a whole tensor without changing it; one behind a cache would copy it every step.
+STREAM = "_user_stream_label"
 COPIES = ("TensorMove", "TensorMoveV2", "Assign", "ViewCopy", "Identity")
 
 
@@ -40,6 +41,7 @@ class Node:
     inputs: tuple[str, ...]  # producers, as "name:output"; "" where an optional input is absent
     attributes: dict[str, Any]
     constant: torch.Tensor | None = None
+    stream: str = ""  # of its own; "": the graph's
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Input:
     shape: tuple[int, ...]
     format: int  # of storage: 2 is ND, 29 is NZ
     mutated: bool  # the graph writes it in place
+    frozen: bool  # a weight, whose address never changes
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Lowered:
     nodes: tuple[Node, ...]
     inputs: dict[str, Input]  # by the name of their node
     options: dict[str, str]
+    addresses: list[int] = field(default_factory=list)  # of the inputs, by index, once the graph has been called
 
     @property
     def work(self) -> Counter[str]:
@@ -107,12 +111,15 @@ class _Session:
 
     def load(self, graph: Any, options: dict[str, str] | None = None) -> None:
         self.graph = graph
-        _lowered.append(_read(graph, _in_place[-1], dict(options or {})))
+        self.lowered = _read(graph, _in_place[-1], dict(options or {}))
+        _lowered.append(self.lowered)
 
     def compile(self) -> None:
         pass
 
     def run(self, inputs: Any, assigned_outputs: Any = (), stream: Any = None) -> list[torch.Tensor]:
+        if not self.lowered.addresses:
+            self.lowered.addresses.extend(tensor.data_ptr() for tensor in inputs)
         dtypes = self.graph.attr["_output_dtypes"].list.i
         (end,) = [operator for operator in self.graph.op if operator.type == "NetOutput"]
         device = inputs[0].device if inputs else torch.device("cpu")
@@ -126,7 +133,7 @@ class _Session:
 
 def _value(attribute: Any) -> Any:
     kind = attribute.WhichOneof("value")
-    value = getattr(attribute, kind) if kind else None
+    value: Any = getattr(attribute, kind) if kind else None
     if kind == "s":
         return value.decode(errors="replace")
     if kind == "list":
@@ -143,16 +150,20 @@ def _constant(attribute: Any) -> torch.Tensor:
 
 def _read(graph: Any, in_place: list[int], options: dict[str, str]) -> Lowered:
     nodes, inputs = [], {}
+    frozen = [flag == "1" for flag in options.get("frozenInput", "").split(",")]
     for operator in graph.op:
         attributes = {key: _value(operator.attr[key]) for key in operator.attr if not key.startswith("_")}
         constant = _constant(operator.attr["value"]) if operator.type == "Const" else None
-        nodes.append(Node(operator.type, operator.name, tuple(operator.input), attributes, constant))
+        stream = _value(operator.attr[STREAM]) if STREAM in operator.attr else ""
+        nodes.append(Node(operator.type, operator.name, tuple(operator.input), attributes, constant, stream or ""))
         if operator.type in ("Data", "RefData"):
             (description,) = operator.output_desc
             shape, index = tuple(description.shape.dim), attributes["index"]
             if any(size < 0 for size in shape):
                 raise ValueError(f"a static graph has an input of unknown size: {operator.name} {shape}")
-            inputs[operator.name] = Input(index, shape, description.attr["format_for_int"].i, index in in_place)
+            inputs[operator.name] = Input(
+                index, shape, description.attr["format_for_int"].i, index in in_place, any(frozen[index : index + 1])
+            )
     return Lowered(tuple(nodes), inputs, options)
 
 

@@ -20,8 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from omni_engine.ops.cache_folder import cache_root, private_folder
-from omni_engine.ops.file_lock import file_lock
+from ...cache_folder import cache_root, private_folder
+from ...file_lock import file_lock
 
 RUNTIME = Path(__file__).with_name("runtime.c")
 LIBRARY = "libnpusimulator.so"

@@ -10,9 +10,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
-enum { OUT_OF_MEMORY = 207001, ALIGNMENT = 512, TRACE_LIMIT = 1 << 16 };
+enum { OUT_OF_MEMORY = 207001, TRACE_LIMIT = 1 << 16 };
 
 /* --- what ran, in order: aclnn ops and captured graphs, read from Python --- */
 
@@ -74,20 +75,29 @@ int aclrtCtxSetSysParamOpt(unsigned option, int64_t value) { options[option % 64
 
 /* --- memory --- */
 
+/* Pages of zeros that take memory once they are written, so that a model of any size has room. The size stands in a
+   page of its own before them. */
+enum { PAGE = 4096 };
 static int allocate(void **pointer, size_t bytes) {
-    size_t whole = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    if (!(*pointer = aligned_alloc(ALIGNMENT, whole ? whole : ALIGNMENT))) return OUT_OF_MEMORY;
-    memset(*pointer, 0, whole);
+    size_t whole = bytes + PAGE;
+    char *start = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (start == MAP_FAILED) return OUT_OF_MEMORY;
+    *(size_t *)start = whole;
+    *pointer = start + PAGE;
+    return 0;
+}
+static int release(void *pointer) {
+    if (pointer) munmap((char *)pointer - PAGE, *(size_t *)((char *)pointer - PAGE));
     return 0;
 }
 int aclrtMalloc(void **pointer, size_t bytes) { return allocate(pointer, bytes); }
 int aclrtMallocAlign32(void **pointer, size_t bytes) { return allocate(pointer, bytes); }
 int aclrtMallocHost(void **pointer, size_t bytes) { return allocate(pointer, bytes); }
 int aclrtMallocHostWithCfg(void **pointer, size_t bytes) { return allocate(pointer, bytes); }
-int aclrtFree(void *pointer) { free(pointer); return 0; }
-int aclrtFreeHost(void *pointer) { free(pointer); return 0; }
+int aclrtFree(void *pointer) { return release(pointer); }
+int aclrtFreeHost(void *pointer) { return release(pointer); }
 int aclrtGetMemInfo(int kind, size_t *available, size_t *total) {
-    *total = (size_t)64 << 30;
+    *total = (size_t)64 << 40; /* more than any model, of which nothing is written */
     *available = *total - ((size_t)4 << 30);
     return 0;
 }
