@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -75,6 +76,7 @@ class AsyncEngine:
         self._streams: dict[str, asyncio.Queue[RequestOutput | Exception]] = {}
         self._closing = False
         self._request_ids = itertools.count()
+        self._grammar_thread: ThreadPoolExecutor | None = None  # no other work may wait behind a grammar
 
     @classmethod
     def from_engine_args(
@@ -220,9 +222,21 @@ class AsyncEngine:
             if given.get("prompt_token_ids") is None:
                 given["prompt_token_ids"] = await asyncio.to_thread(self._loaded_inputs.encode, text)
             prompt = given  # type: ignore[assignment]
+        grammar = await self._check_grammar(params)
         if self._dead_error is not None:
             raise self._dead_error
-        return self._loaded_inputs.process(request_id, prompt, params, priority=priority)
+        return self._loaded_inputs.process(request_id, prompt, params, priority=priority, grammar=grammar)
+
+    async def _check_grammar(self, params: SamplingParams) -> str | None:
+        """As `Front.check_grammar`, while others go on."""
+        front = self._loaded_front
+        if params.structured_outputs is None:
+            return None
+        if front.grammars is not None and (known := front.grammars.known(params.structured_outputs)) is not None:
+            return known
+        if self._grammar_thread is None:
+            self._grammar_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        return await asyncio.get_running_loop().run_in_executor(self._grammar_thread, front.check_grammar, params)
 
     def _submit(self, request: ProcessedRequest) -> asyncio.Queue[RequestOutput | Exception]:
         assert self._client is not None
@@ -291,6 +305,10 @@ class AsyncEngine:
                 await asyncio.sleep(0.01)
         if self._client is not None:
             await self._client.close()
+        if self._front is not None:
+            await asyncio.to_thread(self._front.close)
+        if self._grammar_thread is not None:
+            self._grammar_thread.shutdown(wait=False, cancel_futures=True)
         self._die(EngineShutdownError(SHUTDOWN_MESSAGE))
         for task in self._tasks:
             task.cancel()
