@@ -234,9 +234,25 @@ class AsyncEngine:
             return None
         if front.grammars is not None and (known := front.grammars.known(params.structured_outputs)) is not None:
             return known
+        return await asyncio.wrap_future(self._grammar_executor().submit(front.check_grammar, params))
+
+    def warm_up_grammars(self) -> None:
+        """Start the process for grammars, which would start with the first constraint. Returns at once."""
+        grammars = self._loaded_front.grammars
+        if grammars is not None:
+
+            def start() -> None:
+                try:
+                    grammars.start()
+                except (RuntimeError, OSError) as error:  # who needs it will be told
+                    logger.debug("%s", error)
+
+            self._grammar_executor().submit(start)
+
+    def _grammar_executor(self) -> ThreadPoolExecutor:
         if self._grammar_thread is None:
             self._grammar_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
-        return await asyncio.get_running_loop().run_in_executor(self._grammar_thread, front.check_grammar, params)
+        return self._grammar_thread
 
     def _submit(self, request: ProcessedRequest) -> asyncio.Queue[RequestOutput | Exception]:
         assert self._client is not None

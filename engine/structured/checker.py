@@ -62,6 +62,11 @@ class GrammarChecker:
         assert grammar is not None
         return grammar
 
+    def start(self) -> None:
+        """Have the process ready before the first constraint comes. Waits for it; RuntimeError if there can be none."""
+        with self._lock:
+            self._running()
+
     def close(self) -> None:
         """End the process. Another check starts a new one."""
         with self._lock:

@@ -117,7 +117,7 @@ def plain(engine):
 
 
 def test_every_complete_answer_is_what_was_asked_for(plain):
-    complete = {kind: 0 for kind in KINDS}
+    complete = dict.fromkeys(KINDS, 0)
     for (kind, _, _), output in zip(requests(), plain, strict=True):
         (one,) = output.outputs
         if one.finish_reason == "stop":
