@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -80,6 +81,7 @@ class AsyncEngine:
         self._streams: dict[str, asyncio.Queue[RequestOutput | Exception]] = {}
         self._closing = False
         self._request_ids = itertools.count()
+        self._grammar_thread: ThreadPoolExecutor | None = None  # no other work may wait behind a grammar
 
     @classmethod
     def from_engine_args(
@@ -235,9 +237,37 @@ class AsyncEngine:
             if given.get("prompt_token_ids") is None:
                 given["prompt_token_ids"] = await asyncio.to_thread(self._loaded_inputs.encode, text)
             prompt = given  # type: ignore[assignment]
+        grammar = await self._check_grammar(params)
         if self._dead_error is not None:
             raise self._dead_error
-        return self._loaded_inputs.process(request_id, prompt, params, priority=priority)
+        return self._loaded_inputs.process(request_id, prompt, params, priority=priority, grammar=grammar)
+
+    async def _check_grammar(self, params: SamplingParams) -> str | None:
+        """As `Front.check_grammar`, while others go on."""
+        front = self._loaded_front
+        if params.structured_outputs is None:
+            return None
+        if front.grammars is not None and (known := front.grammars.known(params.structured_outputs)) is not None:
+            return known
+        return await asyncio.wrap_future(self._grammar_executor().submit(front.check_grammar, params))
+
+    def warm_up_grammars(self) -> None:
+        """Start the process for grammars, which would start with the first constraint. Returns at once."""
+        grammars = self._loaded_front.grammars
+        if grammars is not None:
+
+            def start() -> None:
+                try:
+                    grammars.start()
+                except (RuntimeError, OSError) as error:  # who needs it will be told
+                    logger.debug("%s", error)
+
+            self._grammar_executor().submit(start)
+
+    def _grammar_executor(self) -> ThreadPoolExecutor:
+        if self._grammar_thread is None:
+            self._grammar_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        return self._grammar_thread
 
     def _submit(self, state: RequestState) -> asyncio.Queue[RequestOutput | Exception]:
         assert self._client is not None
@@ -307,6 +337,10 @@ class AsyncEngine:
                 await asyncio.sleep(0.01)
         if self._client is not None:
             await self._client.close()
+        if self._front is not None:
+            await asyncio.to_thread(self._front.close)
+        if self._grammar_thread is not None:
+            self._grammar_thread.shutdown(wait=False, cancel_futures=True)
         self._die(EngineShutdownError(SHUTDOWN_MESSAGE))
         for task in self._tasks:
             task.cancel()

@@ -30,6 +30,7 @@ from .responses import (
     Usage,
 )
 from .streaming import merge_outputs, send_events
+from .structured_outputs import constrain_to_calls
 
 
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
@@ -44,6 +45,7 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     with caller_errors():
         if answers.needs_special_tokens:
             body.skip_special_tokens = False
+    constrain_to_calls(body, tool_choice, context.tool_parser)
     params = chat_params(body, context.engine.default_sampling_params)
     response_id = context.response_id("chatcmpl", request, body)
     chat = _ChatCompletion(context, body, answers, params, response_id, context.priority(request, body))
@@ -113,7 +115,11 @@ class _ChatCompletion:
             prompt: Any = await self.context.encode_prompt(
                 body, self.prompt_text, add_special_tokens=bool(body.add_special_tokens)
             )
-        stream = engine.generate(prompt, self.params, self.id, priority=self.priority)
+            token_ids = prompt.get("prompt_token_ids")
+            if token_ids is None and self.answers.reasoning_parser is not None:
+                token_ids = await engine.tokenize(self.prompt_text)
+            params = self.answers.mark_reasoning(self.params, token_ids)
+        stream = engine.generate(prompt, params, self.id, priority=self.priority)
         async with aclosing(merge_outputs([stream])) as merged:
             async for _, output in merged:
                 yield output

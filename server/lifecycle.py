@@ -131,6 +131,7 @@ class Server:
     async def _start_engine(self) -> None:
         await self.engine.start()
         await self.engine.wait_ready()
+        self.engine.warm_up_grammars()
 
     async def _serve(self) -> None:
         keeps_alive = read_flag("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH")

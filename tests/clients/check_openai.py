@@ -319,9 +319,8 @@ def tools_are_served_where_the_server_knows_their_format() -> None:
 @checks
 def what_is_not_built_is_refused() -> None:
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
-    for fields in ({"tools": [tool], "tool_choice": "required"}, {"response_format": {"type": "json_object"}}):
-        with raises(openai.BadRequestError, "not supported yet"):
-            chat(**fields)
+    with raises(openai.BadRequestError, "not supported yet"):
+        chat(tools=[tool], tool_choice="none", extra_body={"watermarking": True})
     with raises(openai.BadRequestError, "image"):
         chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]}])
     with raises(openai.NotFoundError):
