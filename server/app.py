@@ -17,6 +17,7 @@ from .errors import json_response
 from .http_metrics import HttpMetrics
 from .middleware import api_key_guard, errors, load_tracker, observer
 from .responses import ModelCard, ModelList
+from .responses_api.routes import add_response_routes
 from .settings import ServerSettings
 from .tokenization import detokenize, tokenize
 
@@ -59,6 +60,7 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
                 web.post(f"{prefix}/detokenize", detokenize),
             ]
         )
+        add_response_routes(app, prefix)
     if settings.cors.origins:
         install(settings.cors, app)
     if settings.enable_request_id_headers:

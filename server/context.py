@@ -64,8 +64,11 @@ class ServerContext:
 
     def response_id(self, prefix: str, request: web.Request, body: GenerationRequest) -> str:
         """The client's own id if it sent one, behind the API's prefix."""
-        own = request.headers.get("X-Request-Id") or body.request_id or uuid.uuid4().hex
-        return f"{prefix}-{printable(own)}"
+        return f"{prefix}-{self.request_id(request, body)}"
+
+    def request_id(self, request: web.Request, body: GenerationRequest) -> str:
+        """The id that the client sent, or a new one."""
+        return printable(request.headers.get("X-Request-Id") or body.request_id or uuid.uuid4().hex)
 
     def priority(self, request: web.Request, body: GenerationRequest) -> int:
         """The header goes before the body: it is set by whoever stands between the client and this server."""
