@@ -58,9 +58,8 @@ class OutputItems:
     def _take_logprobs(self, text: str, is_mixed: bool) -> list[ChatTokenLogprobs]:
         """Those of the tokens of `text`; others among the held, of tags before it, belong to nothing."""
         held, self._held = self._held, []
-        if isinstance(self._open, _Message) or not self.items:
-            if not is_mixed:
-                return held
+        if not is_mixed and (isinstance(self._open, _Message) or not self.items):
+            return held
         first, end = _places_of(text, held)
         self._held = held[end:]
         return held[first:end]

@@ -38,13 +38,13 @@ def test_what_runs_is_never_forgotten():
     async def scenario():
         store = ResponseStore(max_responses=1)
         running = entry("a")
-        running.task = asyncio.create_task(asyncio.Event().wait())  # type: ignore[arg-type]
+        running.task = task = asyncio.create_task(asyncio.sleep(60))
         store.put(running)
         assert store.is_full_of_running
         store.put(entry("b"))
         assert store.get("a") is running and store.get("b") is None
-        running.task.cancel()
-        await asyncio.gather(running.task, return_exceptions=True)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
         assert not store.is_full_of_running
         store.put(entry("c"))
         assert store.get("a") is None and store.get("c") is not None

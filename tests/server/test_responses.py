@@ -307,7 +307,7 @@ def test_a_stored_response_is_found_continued_and_forgotten(serve):
         status, body = await client.get(f"{RESPONSES}/{first['id']}")
         assert (status, body["error"]["message"]) == (404, f"Response with id '{first['id']}' not found.")
         # What was built on it knows it still.
-        _status, third = await client.post(RESPONSES, {"input": "?", "previous_response_id": second["id"]})
+        await client.post(RESPONSES, {"input": "?", "previous_response_id": second["id"]})
         assert len(engine.rendered[-1][0]) == 5
 
     serve(scenario)
