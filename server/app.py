@@ -15,7 +15,8 @@ from .context import CONTEXT, ServerContext, printable
 from .cors import install, preflight
 from .errors import json_response
 from .http_metrics import HttpMetrics
-from .middleware import api_key_guard, errors, load_tracker, observer
+from .messages_api.routes import add_message_routes
+from .middleware import api_key_guard, errors, load_tracker, observer, vllm_api_key_guard
 from .responses import ModelCard, ModelList
 from .responses_api.routes import add_response_routes
 from .settings import ServerSettings
@@ -36,7 +37,8 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
     if settings.cors.origins:
         middlewares.append(preflight(settings.cors))
     if settings.api_keys:
-        middlewares.append(api_key_guard(settings.api_keys, settings.root_path))
+        new_guard = vllm_api_key_guard if settings.guards_as_vllm else api_key_guard
+        middlewares.append(new_guard(settings.api_keys, settings.root_path))
     if settings.enable_server_load_tracking:
         middlewares.append(load_tracker)
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
@@ -61,6 +63,7 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
             ]
         )
         add_response_routes(app, prefix)
+        add_message_routes(app, prefix)
     if settings.cors.origins:
         install(settings.cors, app)
     if settings.enable_request_id_headers:

@@ -75,6 +75,9 @@ def _add_api(group: Any) -> None:
     add = group.add_argument
     add("--served-model-name", nargs="+", default=[], help="names of the model in the API; the first is reported")
     add("--api-key", nargs="+", default=[], help="keys of which clients must send one (or set VLLM_API_KEY)")
+    add("--api-key-mode", choices=("all", "vllm"), default="all",
+        help="what keys guard: all routes but health, by bearer token or x-api-key; or as vLLM only /v1, /v2, "
+        "/inference and /cohere, by bearer token (default: all)")  # fmt: skip
     add("--allowed-origins", type=parse_texts, default=[], help="JSON list of origins whose pages may call the server")
     add("--allowed-methods", type=parse_texts, default=["*"], help='JSON list of methods for them (default: ["*"])')
     add("--allowed-headers", type=parse_texts, default=["*"], help='JSON list of headers for them (default: ["*"])')
@@ -157,6 +160,7 @@ def server_settings(arguments: argparse.Namespace, args: EngineArgs) -> ServerSe
         model=args.model,
         served_model_names=tuple(names),
         api_keys=tuple(key for key in arguments.api_key or [os.environ.get("VLLM_API_KEY", "")] if key),
+        guards_as_vllm=arguments.api_key_mode == "vllm",
         chat_template=read_chat_template(arguments.chat_template),
         response_role=arguments.response_role,
         trust_request_chat_template=arguments.trust_request_chat_template,

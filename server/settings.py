@@ -46,6 +46,7 @@ class ServerSettings:
     model: str = ""  # the checkpoint, as it was named
     served_model_names: tuple[str, ...] = ()  # the first is reported; none: `model`
     api_keys: tuple[str, ...] = ()
+    guards_as_vllm: bool = False  # the keys guard only what they do in vLLM
     chat_template: str | None = None  # source text
     response_role: str = "assistant"
     trust_request_chat_template: bool = False

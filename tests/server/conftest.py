@@ -60,6 +60,7 @@ class FakeEngine:
         self.answers: list[str] = []  # of the choices, if they differ
         self.tokens_per_output = 1
         self.finish_reason = "stop"  # of answers that are not cut
+        self.stop_reason: str | None = None  # likewise
         self.text_delay = 0  # how many characters of the text come one output later than their tokens
         self.template: ChatTemplate | None = None
         self.prompt_end = ""
@@ -157,7 +158,8 @@ class FakeEngine:
                 logprobs = None if params.logprobs is None else [entry(i, params.logprobs) for i in new]
                 text = self._text(ids, start, params) if start else ""
                 text = self._text(ids, start + step, params)[len(text) :]
-                completions.append(CompletionOutput(index, text, new, 0.0, logprobs, reason if done else None))
+                ended = (reason, self.stop_reason if reason == "stop" else None) if done else (None, None)
+                completions.append(CompletionOutput(index, text, new, 0.0, logprobs, *ended))
             outputs.append(
                 RequestOutput(
                     request_id, prompt.get("prompt"), token_ids, None if start else prompt_logprobs, completions,
