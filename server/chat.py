@@ -151,8 +151,11 @@ class ChatCompletion:
         prompt: Any
         self.prompt_text, prompt = await render_prompt(self.context, self.body, self.answers.template_options)
         stream = self.context.engine.generate(prompt, self.params, self.id, priority=self.priority)
+        log = self.context.output_log(self.id)
         async with aclosing(merge_outputs([stream])) as merged:
             async for _, output in merged:
+                if log is not None:
+                    log.add(output)
                 yield output
 
     async def pieces(self) -> AsyncGenerator[ChatPiece, None]:

@@ -18,6 +18,7 @@ from .parsing.reasoning_parser import ReasoningParser
 from .parsing.registry import REASONING_PARSERS, TOOL_PARSERS
 from .parsing.tool_parser import ToolParser
 from .protocol import GenerationRequest
+from .request_log import OutputLog
 from .request_metrics import RequestMetrics, request_metrics
 from .responses import ChatChunk, CompletionChunk, CompletionTokensDetails, PromptTokensDetails, Usage
 from .settings import ServerSettings
@@ -39,6 +40,7 @@ class ServerContext:
         self.model_names = settings.served_model_names or (settings.model,)
         self.created = int(time.time())
         self.load = 0  # requests in progress, if they are tracked
+        self.openapi: dict[str, Any] | None = None  # made when it is asked for
         self.tool_parser: type[ToolParser] | None = None  # for tool_choice auto
         if settings.enable_auto_tool_choice and settings.tool_call_parser:
             self.tool_parser = TOOL_PARSERS.get(settings.tool_call_parser)
@@ -87,6 +89,11 @@ class ServerContext:
     def log_request(self, response_id: str, params: SamplingParams) -> None:
         if self.settings.enable_log_requests:
             logger.info("Received request %s: params: %s", response_id, params)
+
+    def output_log(self, request_id: str) -> OutputLog | None:
+        """Where the answer to a request is logged, if the operator wants that."""
+        settings = self.settings
+        return OutputLog(request_id, settings.max_log_len) if settings.enable_log_outputs else None
 
     def sign(self, chunk: CompletionChunk | ChatChunk) -> None:
         """The last chunk of a stream tells the fingerprint."""

@@ -90,7 +90,7 @@ def api_key_guard(keys: tuple[str, ...], root_path: str) -> Middleware:
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path not in open_paths and request.method != "OPTIONS":
             given = [key for key in (_bearer_token(request), request.headers.get("x-api-key")) if key is not None]
-            if not any([is_known(key) for key in given]):
+            if not any(is_known(key) for key in given):
                 message = "a valid API key is needed, as Authorization: Bearer KEY or as x-api-key: KEY"
                 raise RequestError(message, status=401)
         return await handler(request)
@@ -120,7 +120,8 @@ def _key_check(keys: tuple[str, ...]) -> Callable[[str], bool]:
     def is_known(key: str) -> bool:
         digest = hashlib.sha256(key.encode("utf-8", "replace")).digest()
         # All keys are compared, in constant time: the time taken tells nothing about them.
-        return any([hmac.compare_digest(digest, known) for known in digests])
+        matches = [hmac.compare_digest(digest, known) for known in digests]
+        return any(matches)
 
     return is_known
 

@@ -15,7 +15,7 @@ from ..engine.config import DEMO_MODEL, EngineArgs
 from ..engine.core_launch import DEFAULT_STEP_TIMEOUT_SECONDS
 from ..engine.logs import FORMATS, LEVELS
 from .arguments import CommandParser, add_engine_arguments, parse_json_object, parse_size
-from .environment import read_number
+from .environment import read_flag, read_number
 from .settings import CorsPolicy, ServerSettings
 from .sockets import HeaderLimits, TlsFiles
 
@@ -95,6 +95,10 @@ def _add_api(group: Any) -> None:
     add_switch("--enable-force-include-usage", "send usage in every stream, in every chunk")
     add_switch("--enable-request-id-headers", "send X-Request-Id with every response")
     add_switch("--enable-server-load-tracking", "count the requests in progress, for /load")
+    add_switch(
+        "--enable-tokenizer-info-endpoint", "show the tokenizer's settings and the chat template at /tokenizer_info"
+    )
+    add_switch("--disable-fastapi-docs", "do without /openapi.json, /docs and /redoc")
     add_switch("--enable-per-request-metrics", "report the times of a request with one sequence in its answer")
     add("--sse-keep-alive-interval", type=parse_seconds, default=0.0, metavar="SECONDS",
         help="send a comment in streams that say nothing for so long; 0: none (default: 0)")  # fmt: skip
@@ -111,6 +115,8 @@ def _add_logging(group: Any) -> None:
     add("--log-level", type=str.lower, choices=levels, help="least level that is logged (default: info)")
     add("--log-format", choices=FORMATS, help="lines for people or JSON objects (default: text)")
     add_switch("--enable-log-requests", "log the parameters of every request")
+    add_switch("--enable-log-outputs", "log the answer to every request")
+    add("--max-log-len", type=parse_size, metavar="CHARACTERS", help="most characters of an answer that are logged")
     add_switch("--disable-uvicorn-access-log", "log no line per request")
     add("--disable-access-log-for-endpoints", type=parse_paths, default=[], metavar="PATHS",
         help="paths without a line per request, with commas between them")  # fmt: skip
@@ -176,6 +182,12 @@ def server_settings(arguments: argparse.Namespace, args: EngineArgs) -> ServerSe
         enable_per_request_metrics=arguments.enable_per_request_metrics,
         keep_alive_seconds=arguments.sse_keep_alive_interval,
         enable_log_requests=arguments.enable_log_requests,
+        enable_log_outputs=arguments.enable_log_outputs,
+        max_log_len=arguments.max_log_len,
+        enable_tokenizer_info=arguments.enable_tokenizer_info_endpoint,
+        enable_profile=args.profiler_config is not None,
+        enable_development=read_flag("VLLM_SERVER_DEV_MODE"),
+        enable_docs=not arguments.disable_fastapi_docs,
         access_log=not arguments.disable_uvicorn_access_log,
         unlogged_paths=tuple(arguments.disable_access_log_for_endpoints),
         root_path=f"/{root_path}" if root_path else "",
