@@ -34,7 +34,8 @@ def serve_parser() -> CommandParser:
         "--print-config", action="store_true", help="print all flags with their values as YAML, and end"
     )
     _add_listening(parser.add_argument_group("listening"))
-    _add_api(parser.add_argument_group("API"))
+    _add_http(parser.add_argument_group("HTTP"))
+    add_api_arguments(parser.add_argument_group("API"))
     _add_logging(parser.add_argument_group("logging"))
     add_engine_arguments(parser)
     return parser
@@ -68,12 +69,12 @@ def _add_listening(group: Any) -> None:
         f"{STEP_TIMEOUT_VARIABLE})")  # fmt: skip
 
 
-def _add_api(group: Any) -> None:
+def _add_http(group: Any) -> None:
+
     def add_switch(flag: str, text: str) -> None:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=text)
 
     add = group.add_argument
-    add("--served-model-name", nargs="+", default=[], help="names of the model in the API; the first is reported")
     add("--api-key", nargs="+", default=[], help="keys of which clients must send one (or set VLLM_API_KEY)")
     add("--api-key-mode", choices=("all", "vllm"), default="all",
         help="what keys guard: all routes but health, by bearer token or x-api-key; or as vLLM only /v1, /v2, "
@@ -82,6 +83,25 @@ def _add_api(group: Any) -> None:
     add("--allowed-methods", type=parse_texts, default=["*"], help='JSON list of methods for them (default: ["*"])')
     add("--allowed-headers", type=parse_texts, default=["*"], help='JSON list of headers for them (default: ["*"])')
     add_switch("--allow-credentials", "let them send cookies and authorization")
+    add_switch("--enable-force-include-usage", "send usage in every stream, in every chunk")
+    add_switch("--enable-request-id-headers", "send X-Request-Id with every response")
+    add_switch("--enable-server-load-tracking", "count the requests in progress, for /load")
+    add_switch(
+        "--enable-tokenizer-info-endpoint", "show the tokenizer's settings and the chat template at /tokenizer_info"
+    )
+    add_switch("--disable-fastapi-docs", "do without /openapi.json, /docs and /redoc")
+    add("--sse-keep-alive-interval", type=parse_seconds, default=0.0, metavar="SECONDS",
+        help="send a comment in streams that say nothing for so long; 0: none (default: 0)")  # fmt: skip
+
+
+def add_api_arguments(group: Any) -> None:
+    """The flags about what requests may say and what answers look like."""
+
+    def add_switch(flag: str, text: str) -> None:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=text)
+
+    add = group.add_argument
+    add("--served-model-name", nargs="+", default=[], help="names of the model in the API; the first is reported")
     add("--chat-template", help="Jinja file, or the template itself, if not the model's own")
     add("--response-role", default="assistant", help="role of the answers of chat completions (default: assistant)")
     add_switch("--trust-request-chat-template", "let requests bring a chat template of their own")
@@ -92,16 +112,7 @@ def _add_api(group: Any) -> None:
     add("--reasoning-parser", metavar="NAME", help="format of the model's reasoning, which answers show apart")
     add_switch("--return-tokens-as-token-ids", 'show the tokens of logprobs as "token_id:N"')
     add_switch("--enable-prompt-tokens-details", "report cached prompt tokens in usage")
-    add_switch("--enable-force-include-usage", "send usage in every stream, in every chunk")
-    add_switch("--enable-request-id-headers", "send X-Request-Id with every response")
-    add_switch("--enable-server-load-tracking", "count the requests in progress, for /load")
-    add_switch(
-        "--enable-tokenizer-info-endpoint", "show the tokenizer's settings and the chat template at /tokenizer_info"
-    )
-    add_switch("--disable-fastapi-docs", "do without /openapi.json, /docs and /redoc")
     add_switch("--enable-per-request-metrics", "report the times of a request with one sequence in its answer")
-    add("--sse-keep-alive-interval", type=parse_seconds, default=0.0, metavar="SECONDS",
-        help="send a comment in streams that say nothing for so long; 0: none (default: 0)")  # fmt: skip
     add("--fingerprint-mode", type=parse_fingerprint_mode, choices=FINGERPRINT_MODES, default="full",
         help="system_fingerprint of responses: version and a hash of the settings, hash, none (full)")  # fmt: skip
 
