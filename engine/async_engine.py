@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from .front import Front
 from .input_processor import InputProcessor, ProcessedRequest
 from .inputs import PromptType, is_conversation
 from .logs import logs_json
-from .messages import Abort, Add, CoreInfo, ResetPrefixCache, Updates
+from .messages import Abort, Add, Answer, CoreInfo, Profile, ResetPrefixCache, Updates
 from .metrics import EngineMetrics
 from .output_processor import RequestState
 from .outputs import RequestOutput
@@ -82,6 +83,8 @@ class AsyncEngine:
         self._closing = False
         self._request_ids = itertools.count()
         self._grammar_thread: ThreadPoolExecutor | None = None  # no other work may wait behind a grammar
+        self._question_numbers = itertools.count()
+        self._answers: dict[int, asyncio.Future[bool]] = {}  # questions to the core that wait, by number
 
     @classmethod
     def from_engine_args(
@@ -168,6 +171,15 @@ class AsyncEngine:
     @property
     def tokenizer(self) -> Tokenizer | None:
         return self._loaded_front.tokenizer
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """What tokenizer_config.json says; empty where there is none."""
+        folder = self.config.tokenizer_path
+        path = None if folder is None else folder / "tokenizer_config.json"
+        if path is None or not path.is_file():
+            return {}
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config if isinstance(config, dict) else {}
 
     @property
     def max_model_len(self) -> int:
@@ -308,11 +320,37 @@ class AsyncEngine:
         await self.wait_ready()
         return await asyncio.to_thread(self._loaded_front.render_chat, messages, **options)
 
-    async def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes that no running request holds."""
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False if running requests still hold some."""
+        return await self._ask(ResetPrefixCache(next(self._question_numbers)))
+
+    async def start_profile(self) -> None:
+        """Profile the steps from now on, as `profiler_config` says; RuntimeError if that cannot be done."""
+        await self._ask(Profile(next(self._question_numbers), starts=True))
+
+    async def stop_profile(self) -> None:
+        """Write down what has been seen since `start_profile`; RuntimeError if that cannot be done."""
+        await self._ask(Profile(next(self._question_numbers), starts=False))
+
+    async def _ask(self, question: ResetPrefixCache | Profile) -> bool:
+        """The core's answer; raises RuntimeError with its error, `EngineDeadError` if it is lost meanwhile."""
         await self.wait_ready()
         assert self._client is not None
-        self._client.send(ResetPrefixCache())
+        answer = self._answers[question.number] = asyncio.get_running_loop().create_future()
+        self._client.send(question)
+        try:
+            return await answer
+        finally:
+            del self._answers[question.number]
+
+    def _take_answer(self, answer: Answer) -> None:
+        waiting = self._answers.get(answer.number)
+        if waiting is None or waiting.done():
+            return  # whoever asked has left
+        if answer.error is None:
+            waiting.set_result(answer.done)
+        else:
+            waiting.set_exception(RuntimeError(answer.error))
 
     async def stats(self) -> dict[str, Any]:
         """The scheduler's counters as of its last step."""
@@ -356,6 +394,8 @@ class AsyncEngine:
                 if isinstance(message, CoreInfo):
                     self._take_info(message)
                     self._tasks.append(asyncio.create_task(self._watch_core(client)))
+                elif isinstance(message, Answer):
+                    self._take_answer(message)
                 else:
                     self._take_updates(message)
         except EngineDeadError as error:
@@ -418,6 +458,9 @@ class AsyncEngine:
             self._metrics.core_lost()
         for stream in self._streams.values():
             stream.put_nowait(error)
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(error)
 
     def _take_updates(self, message: Updates) -> None:
         self._stats = msgspec.structs.asdict(message.stats)

@@ -16,6 +16,7 @@ from .config import EngineConfig
 from .messages import CoreInfo
 from .model_runner import ModelRunner
 from .phases import PhaseTimer
+from .profiling import StepProfiler, choose_profiler
 from .startup import load_core_parts
 from .structured.store import GrammarStore
 
@@ -50,6 +51,7 @@ class EngineCore:
         self._waiting_for_grammar: dict[str, tuple[RequestInput, Future[None]]] = {}
         self._max_in_flight = 2 if overlap else 1
         self._in_flight: deque[tuple[StepPlan, Callable[[], StepOutput]]] = deque()
+        self._profiler: StepProfiler | None = None
         self._thread: ThreadPoolExecutor | None = None
         if overlap and runner.device.type == "cpu":
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
@@ -62,7 +64,10 @@ class EngineCore:
         benchmarks only: drafts are accepted by lot, and the tokens mean nothing."""
         parts = load_core_parts(config, timer or PhaseTimer(), acceptance_rates)
         info = CoreInfo(parts.max_model_len, parts.num_blocks, config.block_size)
-        return cls(parts.scheduler, parts.runner, info, overlap=config.args.async_scheduling, grammars=parts.grammars)
+        core = cls(parts.scheduler, parts.runner, info, overlap=config.args.async_scheduling, grammars=parts.grammars)
+        if config.args.profiler_config is not None:
+            core._profiler = StepProfiler(choose_profiler(config.args.profiler_config))
+        return core
 
     def add(self, request: RequestInput) -> list[RequestUpdate]:
         """Queue a request; an update comes back at once if it is refused, but for what its grammar causes."""
@@ -126,6 +131,16 @@ class EngineCore:
         self.runner.close()
         if self.grammars is not None:
             self.grammars.close()
+
+    def profile(self, *, starts: bool) -> None:
+        """Start to profile the steps, or stop and write the trace. Raises RuntimeError or OSError, and goes on."""
+        if self._profiler is None:
+            raise RuntimeError("profiling is off; start the server with --profiler-config")
+        run = self._profiler.start if starts else self._profiler.stop
+        if self._thread is None:
+            run()
+        else:
+            self._thread.submit(run).result()  # a profiler sees the thread it was started in
 
     @property
     def has_unfinished(self) -> bool:

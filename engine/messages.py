@@ -28,7 +28,16 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
-    pass
+    """Answered by an `Answer` with the same number, as `Profile` is."""
+
+    number: int
+
+
+class Profile(msgspec.Struct, frozen=True, tag=True):
+    """Start to profile the steps, or stop and write down what was seen."""
+
+    number: int
+    starts: bool
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -57,8 +66,16 @@ class Updates(msgspec.Struct, frozen=True, tag=True):
     stats: SchedulerStats
 
 
-ToCore = Union[Start, Add, Abort, ResetPrefixCache, Stop]  # noqa: UP007  (evaluated on Python 3.10 too)
-FromCore = Union[CoreInfo, Failed, Updates]  # noqa: UP007
+class Answer(msgspec.Struct, frozen=True, tag=True):
+    """To the question of this number: whether it was done, or the error that kept it from being done."""
+
+    number: int
+    done: bool = False
+    error: str | None = None
+
+
+ToCore = Union[Start, Add, Abort, ResetPrefixCache, Profile, Stop]  # noqa: UP007  (evaluated on Python 3.10 too)
+FromCore = Union[CoreInfo, Failed, Updates, Answer]  # noqa: UP007
 
 _encoder = msgspec.msgpack.Encoder()
 to_core_decoder = msgspec.msgpack.Decoder(ToCore)

@@ -108,6 +108,12 @@ class ChoiceReader:
             reasoning=parsed.reasoning,
         )
 
+    def deltas(self, completion: CompletionOutput) -> list[DeltaMessage]:
+        """What the next piece of the answer adds, in order, each with reasoning, content or a piece of one call."""
+        if self._parser is None:
+            return [DeltaMessage(content=completion.text)] if completion.text else []
+        return self._deltas(self._parser, completion)
+
     def delta(self, completion: CompletionOutput) -> ChatDelta | None:
         """What the next piece of the answer adds; None: nothing that could be told yet."""
         if self._parser is None:

@@ -21,7 +21,7 @@ from .protocol import (
 from .structured_outputs import read_constraint
 
 # vLLM's names, so that a deployment's settings carry over.
-MAX_STOP_STRINGS = read_count("VLLM_MAX_STOP_STRINGS", 4)
+MAX_STOP_STRINGS = read_count("VLLM_MAX_STOP_STRINGS", 64)
 MAX_PROMPTS = read_count("VLLM_MAX_COMPLETION_PROMPTS", 1024)
 
 _SALT_FORBIDDEN = frozenset("@/\\\0")

@@ -19,6 +19,14 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
 TOOL = {"type": "function", "function": {"name": "f"}}
 LENGTH, VOCABULARY = 4096, 515
 KEY = {"Authorization": "Bearer k"}
+NO_KEY = {
+    "error": {
+        "message": "a valid API key is needed, as Authorization: Bearer KEY or as x-api-key: KEY",
+        "type": "Unauthorized",
+        "param": None,
+        "code": 401,
+    }
+}
 BODY, VALUE = "Bad Request", "BadRequestError"
 
 
@@ -200,10 +208,10 @@ def test_what_is_right_or_asks_for_nothing_is_served(server, path, body, status,
         ("GET", "/health", {}, 200, None),
         ("GET", "/ping", {}, 200, None),
         ("POST", "/ping", {}, 200, None),
-        ("GET", "/load", {}, 200, {"server_load": 0}),
-        ("GET", "/v1/models", {"Authorization": "Bearer no"}, 401, {"error": "Unauthorized"}),
+        ("GET", "/load", KEY, 200, {"server_load": 0}),
+        ("GET", "/v1/models", {"Authorization": "Bearer no"}, 401, NO_KEY),
         ("GET", "/health", {"Authorization": "Bearer no"}, 200, None),
-        ("POST", COMPLETIONS, {"Authorization": "k"}, 401, {"error": "Unauthorized"}),
+        ("POST", COMPLETIONS, {"Authorization": "k"}, 401, NO_KEY),
     ],
 )
 def test_addresses_without_a_body(server, method, path, headers, status, body):

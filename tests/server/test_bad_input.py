@@ -49,7 +49,7 @@ WRONG_COMPLETIONS = [
     ({"prompt": "a", "temperature": "hot"}, "body.temperature", "got `str`"),
     ({"prompt": "a", "stream": "yes"}, "body.stream", "got `str`"),
     ({"prompt": "a", "stop": 5}, "body.stop", "got `int`"),
-    ({"prompt": "a", "stop": list("abcde")}, "stop", "at most 4"),
+    ({"prompt": "a", "stop": ["ab"] * 65}, "stop", "at most 64"),
     ({"prompt": "a", "user": 5}, "body.user", "got `int`"),
     ({"prompt": "a", "session_id": ["s"]}, "body.session_id", "got `array`"),
     ({"prompt": "a", "length_penalty": "long"}, "body.length_penalty", "got `str`"),
