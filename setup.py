@@ -13,6 +13,7 @@ if __name__ == "__main__":
         package_data={
             "omni_engine.models": ["demo/README.md", "demo/deepseek/*", "demo/deepseek-v32/*"],
             "omni_engine.ops.cpu": ["csrc/*"],
+            "omni_engine.server.ui": ["static/*"],
         },
         py_modules=["omni_engine.__init__"],
     )

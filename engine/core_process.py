@@ -31,6 +31,7 @@ from .messages import (
     Start,
     Stop,
     Updates,
+    Watch,
     frame,
     to_core_decoder,
 )
@@ -119,6 +120,8 @@ def _step_until_told(core: EngineCore, channel: CoreChannel, clock: StepClock) -
                 updates += core.abort(message.request_ids)
             elif isinstance(message, ResetPrefixCache):
                 core.reset_prefix_cache()
+            elif isinstance(message, Watch):
+                core.watch(message.wanted)
             elif isinstance(message, RequestUpdate):
                 updates.append(message)
             elif isinstance(message, Stop):
@@ -126,7 +129,7 @@ def _step_until_told(core: EngineCore, channel: CoreChannel, clock: StepClock) -
         if core.has_unfinished:
             with clock:
                 updates += core.step()
-        channel.send(Updates(updates, core.stats()))
+        channel.send(Updates(updates, core.stats(), core.take_load()))
 
 
 def main(argv: list[str]) -> int:

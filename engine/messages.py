@@ -8,6 +8,7 @@ import msgspec
 
 from ..scheduler.request import RequestInput, RequestUpdate
 from ..scheduler.scheduler import SchedulerStats
+from .load import CoreLoad
 from .phases import Phase
 
 FRAME_HEADER_BYTES = 4  # length of the message that follows, little-endian
@@ -31,6 +32,12 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
+class Watch(msgspec.Struct, frozen=True, tag=True):
+    """From here on tell of every step, or stop telling."""
+
+    wanted: bool
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """End the core once this is read; whatever runs is dropped."""
 
@@ -42,6 +49,7 @@ class CoreInfo(msgspec.Struct, frozen=True, tag=True):
     num_blocks: int
     block_size: int
     phases: list[Phase] = []
+    gears: list[int] = []
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -55,9 +63,10 @@ class Updates(msgspec.Struct, frozen=True, tag=True):
 
     updates: list[RequestUpdate]
     stats: SchedulerStats
+    load: CoreLoad | None = None  # while the core is watched
 
 
-ToCore = Union[Start, Add, Abort, ResetPrefixCache, Stop]  # noqa: UP007  (evaluated on Python 3.10 too)
+ToCore = Union[Start, Add, Abort, ResetPrefixCache, Watch, Stop]  # noqa: UP007  (evaluated on Python 3.10 too)
 FromCore = Union[CoreInfo, Failed, Updates]  # noqa: UP007
 
 _encoder = msgspec.msgpack.Encoder()

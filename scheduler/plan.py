@@ -66,3 +66,4 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # entry -> one item per prompt position newly reported
     num_drafts: list[int] = []  # per entry that decodes: drafts that were there to be verified; none without drafts
     seconds: float = 0.0  # the step took on the device
+    gear: int = 0  # requests that its graph has room for; 0: it ran without a graph

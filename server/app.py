@@ -19,6 +19,7 @@ from .middleware import api_key_guard, errors, load_tracker, observer
 from .responses import ModelCard, ModelList
 from .settings import ServerSettings
 from .tokenization import detokenize, tokenize
+from .ui.page import add_page
 
 if TYPE_CHECKING:
     from ..engine.async_engine import AsyncEngine
@@ -41,7 +42,8 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     app[CONTEXT] = ServerContext(engine, settings)
     # A proxy may pass the root path on or strip it.
-    for prefix in dict.fromkeys(("", settings.root_path)):
+    prefixes = tuple(dict.fromkeys(("", settings.root_path)))
+    for prefix in prefixes:
         app.add_routes(
             [
                 web.get(f"{prefix}/health", _health),
@@ -59,6 +61,8 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
                 web.post(f"{prefix}/detokenize", detokenize),
             ]
         )
+    if settings.ui:
+        add_page(app, prefixes)
     if settings.cors.origins:
         install(settings.cors, app)
     if settings.enable_request_id_headers:

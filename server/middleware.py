@@ -21,7 +21,7 @@ logger = logging.getLogger("omni_engine.access")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Middleware = Callable[[web.Request, Handler], Coroutine[Any, Any, web.StreamResponse]]
 
-GUARDED_PATHS = ("/v1", "/v2", "/inference", "/cohere")
+GUARDED_PATHS = ("/v1", "/v2", "/inference", "/cohere", "/ui/live")
 CLIENT_GONE_STATUS = 499  # nobody hears it; it is what proxies log for a client that did not wait
 
 

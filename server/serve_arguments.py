@@ -95,6 +95,8 @@ def _add_api(group: Any) -> None:
     add_switch("--enable-per-request-metrics", "report the times of a request with one sequence in its answer")
     add("--sse-keep-alive-interval", type=parse_seconds, default=0.0, metavar="SECONDS",
         help="send a comment in streams that say nothing for so long; 0: none (default: 0)")  # fmt: skip
+    add("--ui", action=argparse.BooleanOptionalAction, default=True,
+        help="serve the page at /: chat and live engine (default: yes)")  # fmt: skip
     add("--fingerprint-mode", type=parse_fingerprint_mode, choices=FINGERPRINT_MODES, default="full",
         help="system_fingerprint of responses: version and a hash of the settings, hash, none (full)")  # fmt: skip
 
@@ -174,6 +176,7 @@ def server_settings(arguments: argparse.Namespace, args: EngineArgs) -> ServerSe
         enable_log_requests=arguments.enable_log_requests,
         access_log=not arguments.disable_uvicorn_access_log,
         unlogged_paths=tuple(arguments.disable_access_log_for_endpoints),
+        ui=arguments.ui,
         root_path=f"/{root_path}" if root_path else "",
         fingerprint=fingerprint(arguments.fingerprint_mode, args),
         cors=CorsPolicy(
