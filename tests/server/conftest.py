@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,10 @@ import pytest
 from aiohttp import ClientSession, web
 from prometheus_client import CollectorRegistry
 
+from omni_engine.engine.load import LoadMeter
+from omni_engine.engine.messages import CoreInfo
 from omni_engine.engine.outputs import CompletionOutput, Logprob, RequestOutput, RequestStats
+from omni_engine.engine.phases import Phase
 from omni_engine.models.chat_template import ChatTemplate
 from omni_engine.scheduler.sampling_params import RequestOutputKind, SamplingParams, ValidationError
 from omni_engine.server.app import build_app
@@ -84,6 +89,21 @@ class FakeEngine:
         self.running: set[str] = set()
         self.closed_early: list[str] = []
         self.rendered: list[tuple[Any, dict[str, Any]]] = []
+        self.core_info: CoreInfo | None = None
+        self.start_phases: list[tuple[str, list[Phase]]] = []
+        self.config = SimpleNamespace(speculation=None)
+        self.meter: LoadMeter | None = None  # while somebody looks
+        self.num_watches = 0
+
+    @contextmanager
+    def watched(self) -> Iterator[LoadMeter]:
+        assert self.meter is None
+        self.meter = LoadMeter(time.monotonic())
+        self.num_watches += 1
+        try:
+            yield self.meter
+        finally:
+            self.meter = None
 
     async def wait_ready(self) -> None:
         if not self.is_ready:

@@ -73,11 +73,11 @@ function showStatus(status) {
 function poll() {
   polling ??= setTimeout(async () => {
     polling = null;
-    await look_at_health();
+    await checkHealth();
   }, POLL_MILLISECONDS);
 }
 
-async function look_at_health() {
+async function checkHealth() {
   const status = await health();
   const was = byId("status").dataset.status;
   showStatus(status);
@@ -169,8 +169,8 @@ startLanguage();
 startTheme();
 startSettingsButton();
 startKeyButton();
-startChat(look_at_health);
+startChat(checkHealth);
 startEngine(showStatus);
 startTabs();
-look_at_health();
+checkHealth();
 byId("prompt").focus();

@@ -4,7 +4,7 @@ import { draw, make } from "./dom.js";
 import { number, text } from "./i18n.js";
 
 const HEIGHT = 132; // pixels
-const LEFT = 44; // room for the numbers at the grid lines
+const LEFT = 54; // room for the numbers at the grid lines
 const BOTTOM = 18; // room for the times
 const TOP = 6;
 const RIGHT = 6;
@@ -24,11 +24,11 @@ export function niceCeiling(value, whole) {
 /**
  * A chart of `series`, each {name, words, area, stacked, stepped}: what it shows of a point is the point's field `name`
  * (null: nothing there). A point has `time`, in seconds. `format` gives a value for people; `whole` counts things;
- * `ceiling()` is the least upper end of the axis.
+ * `note()` stands beside the legend.
  */
 export class TimeChart {
-  constructor({ title, series, format = (value) => number(value, 1), span = 120, whole = false, ceiling = () => 0 }) {
-    Object.assign(this, { title, series, format, span, whole, ceiling });
+  constructor({ title, series, format = (value) => number(value, 1), note = () => "", span = 120, whole = false }) {
+    Object.assign(this, { title, series, format, note, span, whole });
     this.points = [];
     this.cursor = null; // index of a point
     this.svg = draw("svg", { class: "plot", height: HEIGHT, tabindex: 0, role: "img" });
@@ -97,12 +97,13 @@ export class TimeChart {
       ...this.series.map((one, index) =>
         make(`span.s${index}`, {}, make("i", { "aria-hidden": "true" }), `${words[index]} `, make("b", {}, values[index] === null ? "–" : this.format(values[index]))),
       ),
+      make("span", {}, this.note()),
     );
     if (!width) {
       return; // hidden
     }
     const end = this.points.length ? this.points[this.points.length - 1].time : 0;
-    const top = niceCeiling(Math.max(this.largest(), this.ceiling()), this.whole);
+    const top = niceCeiling(this.largest(), this.whole);
     this.x = (time) => LEFT + ((time - end + this.span) / this.span) * (width - LEFT - RIGHT);
     this.y = (value) => TOP + (1 - value / top) * (HEIGHT - TOP - BOTTOM);
     this.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);

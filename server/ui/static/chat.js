@@ -175,8 +175,7 @@ class UserTurn {
       "article.turn.user",
       {},
       make("header", {}, label(make("h2"), "role.user")),
-      make("div.text", {}, content),
-      make("div.actions", {}, this.edit),
+      make("div.said", {}, make("div.text", {}, content), make("div.actions", {}, this.edit)),
     );
   }
 

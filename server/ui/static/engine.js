@@ -34,7 +34,7 @@ export function startEngine(status) {
     ],
   });
   charts.kv = new TimeChart({
-    title: "chart.kv", ...count,
+    title: "chart.kv", ...count, note: freeBlocks,
     series: [
       { name: "pinned", words: "chart.kv.used", area: true, stacked: true, stepped: true },
       { name: "cached", words: "chart.kv.cached", area: true, stacked: true, stepped: true },
@@ -213,6 +213,15 @@ function renderTiles() {
   for (const [name, value] of Object.entries(told)) {
     tiles[name].textContent = value;
   }
+}
+
+function freeBlocks() {
+  const point = points[points.length - 1];
+  if (!point || !engine.num_blocks) {
+    return "";
+  }
+  const free = engine.num_blocks - point.pinned - point.cached;
+  return text("chart.kv.free", { free: number(free), total: number(engine.num_blocks) });
 }
 
 function renderGears() {
