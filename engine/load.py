@@ -51,9 +51,7 @@ class LoadSample(msgspec.Struct, frozen=True):
     token_seconds: float | None  # mean time between two tokens of a request
     num_steps: int
     step_seconds: float  # of all these steps
-    batch: int  # requests of the last step
-    largest_batch: int
-    gear: int  # of the last step
+    largest_batch: int  # most requests of one of these steps
     steps_by_gear: dict[int, int]  # 0: without a graph
     drafts: DraftStats | None  # None where there is no speculation
 
@@ -67,7 +65,6 @@ class LoadMeter:
         self._sampled_stats: SchedulerStats | None = None  # where the last sample's counters end
         self._load = CoreLoad(0, 0, [])
         self._last_token: dict[str, float] = {}  # by the core's id of a sequence
-        self._last_step: StepReport | None = None
         self._begin_sample()
 
     def _begin_sample(self) -> None:
@@ -100,7 +97,6 @@ class LoadMeter:
             return
         self._load = load
         for step in load.steps:
-            self._last_step = step
             self._num_steps += 1
             self._step_seconds += step.seconds
             self._largest_batch = max(self._largest_batch, step.num_requests)
@@ -123,13 +119,13 @@ class LoadMeter:
 
     def core_lost(self) -> None:
         """Nothing runs any more, and a new core counts from 0."""
-        self._stats = self._sampled_stats = self._last_step = None
+        self._stats = self._sampled_stats = None
         self._load = CoreLoad(0, 0, [])
         self._last_token.clear()
 
     def sample(self, now: float) -> LoadSample:
         """The load at `now`; the next sample begins here."""
-        stats, before, step = self._stats, self._sampled_stats, self._last_step
+        stats, before = self._stats, self._sampled_stats
 
         def grown(name: str) -> int:
             return 0 if stats is None or before is None else getattr(stats, name) - getattr(before, name)
@@ -150,9 +146,7 @@ class LoadMeter:
             token_seconds=self._waited_seconds / self._num_waits if self._num_waits else None,
             num_steps=self._num_steps,
             step_seconds=self._step_seconds,
-            batch=0 if step is None or not self._num_steps else step.num_requests,
             largest_batch=self._largest_batch,
-            gear=0 if step is None or not self._num_steps else step.gear,
             steps_by_gear=dict(self._by_gear),
             drafts=None if stats is None or stats.drafts is None else stats.drafts.since(before and before.drafts),
         )

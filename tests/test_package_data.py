@@ -1,4 +1,4 @@
-"""What a wheel and an sdist have beside the modules: the demo models, and the sources of the C++ kernels."""
+"""What a wheel and an sdist have beside the modules: the demo models, the sources of the C++ kernels, the page."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "models" / "demo"
 SOURCES = ROOT / "ops" / "cpu" / "csrc"
+PAGE = ROOT / "server" / "ui" / "static"
 LIMIT = 12_000_000  # bytes of a model
 
 
@@ -50,11 +51,15 @@ def test_a_model_has_at_most_12_mb(built, name):
     assert 8_000_000 < sum(sizes) <= LIMIT
 
 
-def test_wheel_and_sdist_have_the_sources_of_the_kernels(packaged):
-    names = {file.name for file in SOURCES.iterdir()}
-    assert {"binding.cpp", "tiles.h"} < names
-    assert {file.name for file in (packaged / "lib/omni_engine/ops/cpu/csrc").iterdir()} == names
+@pytest.mark.parametrize(
+    ("folder", "some"), [(SOURCES, {"binding.cpp", "tiles.h"}), (PAGE, {"index.html", "style.css", "chat.js"})]
+)
+def test_wheel_and_sdist_have_the_sources_of_the_kernels_and_the_page(packaged, folder, some):
+    names = {file.name for file in folder.iterdir()}
+    assert some < names
+    place = folder.relative_to(ROOT)
+    assert {file.name for file in (packaged / "lib/omni_engine" / place).iterdir()} == names
     (archive,) = (packaged / "dist").iterdir()
     with tarfile.open(archive) as tar:
         listed = [member.name for member in tar.getmembers() if member.isfile()]
-    assert {Path(name).name for name in listed if "/ops/cpu/csrc/" in name} == names
+    assert {Path(name).name for name in listed if f"/{place}/" in name} == names

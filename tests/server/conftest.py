@@ -248,7 +248,7 @@ Scenario = Callable[[Client, FakeEngine], Coroutine[Any, Any, None]]
 def serve() -> Callable[..., None]:
     """Runs a scenario against the application over a fake engine."""
 
-    def run(scenario: Scenario, **settings: Any) -> None:
+    def run(scenario: Scenario, seconds: float = 20, **settings: Any) -> None:
         async def main() -> None:
             engine = FakeEngine()
             app = build_app(engine, ServerSettings(**{"model": MODEL, **settings}))  # type: ignore[arg-type]
@@ -258,7 +258,7 @@ def serve() -> Callable[..., None]:
             await site.start()
             port = runner.addresses[0][1]
             async with ClientSession() as session:
-                await asyncio.wait_for(scenario(Client(session, f"http://127.0.0.1:{port}"), engine), 20)
+                await asyncio.wait_for(scenario(Client(session, f"http://127.0.0.1:{port}"), engine), seconds)
             await runner.cleanup()
 
         asyncio.run(main())

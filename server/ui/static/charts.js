@@ -97,7 +97,7 @@ export class TimeChart {
       ...this.series.map((one, index) =>
         make(`span.s${index}`, {}, make("i", { "aria-hidden": "true" }), `${words[index]} `, make("b", {}, values[index] === null ? "–" : this.format(values[index]))),
       ),
-      make("span", {}, this.note()),
+      ...[this.note()].filter(Boolean).map((words) => make("span", {}, words)),
     );
     if (!width) {
       return; // hidden

@@ -168,7 +168,7 @@ function pointOf({ time, load }) {
     pinned: load.num_blocks_pinned,
     cached: load.num_blocks_cached,
     batch: load.largest_batch,
-    gear: load.num_steps ? load.gear : 0,
+    gear: Math.max(0, ...Object.keys(load.steps_by_gear).map(Number)),
     firstMedian: firsts.length ? median(firsts) : null,
     firstWorst: firsts.length ? Math.max(...firsts) : null,
     tokenSeconds: load.token_seconds,
@@ -221,7 +221,7 @@ function freeBlocks() {
     return "";
   }
   const free = engine.num_blocks - point.pinned - point.cached;
-  return text("chart.kv.free", { free: number(free), total: number(engine.num_blocks) });
+  return text("chart.kv.free", { free: number(free) });
 }
 
 function renderGears() {
@@ -279,9 +279,10 @@ function renderStart() {
     charts.start.replaceChildren(heading, make("p.hint", {}, text("chart.start.waiting")));
     return;
   }
-  const longest = Math.max(...start.map(({ phases }) => phases.reduce((sum, phase) => sum + phase.seconds, 0)));
-  const rows = start.flatMap(({ process, phases }) => {
-    let begun = 0;
+  const spans = start.map(({ phases }) => phases.reduce((sum, phase) => sum + phase.seconds, 0));
+  const longest = Math.max(...spans);
+  const rows = start.flatMap(({ process, phases }, index) => {
+    let begun = longest - spans[index]; // all end when the engine is ready
     return phases.map((phase, place) => {
       const bar = make("i");
       bar.style.marginInlineStart = `${(100 * begun) / longest}%`;
@@ -293,7 +294,7 @@ function renderStart() {
         make("th", { scope: "row" }, place ? "" : process),
         make("td", {}, phase.name),
         make("td.track", { "aria-hidden": "true" }, make("span.meter", {}, bar)),
-        make("td.right", {}, number(phase.seconds, 2)),
+        make("td.right", {}, number(phase.seconds, 2, 2)),
         make("td.right", {}, phase.num_bytes === null ? "" : bytes(phase.num_bytes)),
       );
     });

@@ -110,7 +110,7 @@ export const WORDS = {
     "chart.kv": "KV blocks",
     "chart.kv.used": "in use",
     "chart.kv.cached": "cached",
-    "chart.kv.free": "free {free} of {total}",
+    "chart.kv.free": "{free} free",
     "chart.batch": "Batch and gear",
     "chart.batch.batch": "batch",
     "chart.batch.gear": "gear",
@@ -255,7 +255,7 @@ export const WORDS = {
     "chart.kv": "KV 块",
     "chart.kv.used": "使用中",
     "chart.kv.cached": "缓存",
-    "chart.kv.free": "空闲 {free} / {total}",
+    "chart.kv.free": "{free} 空闲",
     "chart.batch": "批大小与档位",
     "chart.batch.batch": "批大小",
     "chart.batch.gear": "档位",
@@ -348,8 +348,8 @@ export function translate(root) {
 }
 
 /** A number for people. */
-export function number(value, digits = 0) {
-  return value.toLocaleString(LANGUAGES[language], { maximumFractionDigits: digits, minimumFractionDigits: 0 });
+export function number(value, digits = 0, least = 0) {
+  return value.toLocaleString(LANGUAGES[language], { maximumFractionDigits: digits, minimumFractionDigits: least });
 }
 
 /** A time in seconds as ms or s. */

@@ -13,6 +13,8 @@ const RULE = /^ {0,3}(?:(?:-[ \t]*){3,}|(?:\*[ \t]*){3,}|(?:_[ \t]*){3,})$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])(?:( {1,4})(?=\S)|[ \t]*$|[ \t]+)/;
 const TABLE_RULE = /^ {0,3}\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)*\|?[ \t]*$/;
+const INDENTED = /^(?: {4}|\t)/;
+const ENTITIES = { "&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&#39;": "'", "&nbsp;": "\u00a0" };
 const SAFE_SCHEMES = new Set(["http:", "https:", "mailto:"]);
 const PUNCTUATION = /[!-/:-@[-`{-~]/;
 
@@ -71,9 +73,16 @@ function splitBlocks(lines) {
       take("heading", at + 1, { level: heading[1].length, text: heading[2] ?? "" });
     } else if (RULE.test(line)) {
       take("rule", at + 1);
+    } else if (INDENTED.test(line)) {
+      let end = at + 1;
+      while (end < lines.length && (INDENTED.test(lines[end]) || (!lines[end].trim() && INDENTED.test(lines[end + 1] ?? "")))) {
+        end += 1;
+      }
+      take("indented", end);
     } else if (QUOTE.test(line)) {
       let end = at + 1;
-      while (end < lines.length && QUOTE.test(lines[end])) {
+      // A line of the quote's last paragraph may lack the mark.
+      while (end < lines.length && (QUOTE.test(lines[end]) || (!startsBlock(lines, end) && lines[end - 1].replace(QUOTE, "").trim()))) {
         end += 1;
       }
       take("quote", end);
@@ -157,8 +166,12 @@ function isSameList(line, ordered) {
 
 function renderBlock(block, depth) {
   switch (block.kind) {
-    case "code":
-      return codeBlock(block);
+    case "code": {
+      const closed = block.lines.length > 1 && closesFence(block.lines[block.lines.length - 1], block.mark);
+      return codeBlock(block.lines.slice(1, closed ? -1 : undefined), block.language);
+    }
+    case "indented":
+      return codeBlock(block.lines.map((line) => line.replace(INDENTED, "")), "");
     case "heading": {
       const node = make(`h${Math.min(block.level + 2, 6)}`); // the page's own headings stand above
       addInline(node, block.text, depth);
@@ -177,9 +190,8 @@ function renderBlock(block, depth) {
   }
 }
 
-function codeBlock({ lines, mark, language }) {
-  const closed = lines.length > 1 && closesFence(lines[lines.length - 1], mark);
-  const text = lines.slice(1, closed ? -1 : undefined).join("\n");
+function codeBlock(lines, language) {
+  const text = lines.join("\n");
   const button = label(make("button.quiet", { type: "button" }), "copy");
   button.addEventListener("click", async () => {
     label(button, (await copyText(text)) ? "copied" : "copy.failed");
@@ -223,7 +235,7 @@ function list({ lines }, depth) {
       items[items.length - 1].push(line.slice(Math.min(column, indentOf(line))));
     }
   }
-  const loose = items.some((item, index) => item.slice(0, index < items.length - 1 ? -1 : undefined).includes(""));
+  const loose = items.some((item) => item.includes("")); // a list ends before the blank line behind it
   for (const item of items) {
     const children = renderMarkdown(item.join("\n"), depth + 1);
     const tight = !loose && children[0]?.tagName === "P" ? [...children[0].childNodes, ...children.slice(1)] : children;
@@ -318,17 +330,18 @@ function addInline(node, source, depth) {
       continue;
     }
     if (depth < MAX_DEPTH && (character === "*" || character === "_" || character === "~")) {
-      const double = source.startsWith(character.repeat(2), at);
-      const mark = double ? character.repeat(2) : character;
+      const run = source.startsWith(character.repeat(3), at) ? 3 : source.startsWith(character.repeat(2), at) ? 2 : 1;
+      const mark = character.repeat(character === "~" ? Math.min(run, 2) : run);
       const opens = character === "*" || !/\w/.test(before(at)) ? /\S/.test(source[at + mark.length] ?? " ") : false;
-      if (opens && (character !== "~" || double)) {
+      if (opens && (character !== "~" || run > 1)) {
         let end = find(mark, at + mark.length + 1);
         for (let tries = 0; end > 0 && !closes(source, end, mark); tries += 1) {
           end = tries < MAX_TRIES ? find(mark, end + 1) : -1;
         }
         if (end > 0) {
-          const name = character === "~" ? "del" : double ? "strong" : "em";
-          nest(name, source.slice(at + mark.length, end), end + mark.length);
+          const name = character === "~" ? "del" : run > 1 ? "strong" : "em";
+          const inner = source.slice(at + mark.length, end);
+          nest(name, mark.length === 3 ? `*${inner}*` : inner, end + mark.length);
           continue;
         }
       }
@@ -355,8 +368,9 @@ function addInline(node, source, depth) {
         continue;
       }
     }
-    plain += character;
-    at += 1;
+    const entity = character === "&" ? /^&(?:amp|lt|gt|quot|#39|nbsp);/.exec(source.slice(at, at + 6)) : null;
+    plain += entity ? ENTITIES[entity[0]] : character;
+    at += entity ? entity[0].length : 1;
   }
   flush();
 }
@@ -379,7 +393,7 @@ function readLink(source, at, find) {
     return null;
   }
   const text = source.slice(at + 1, middle);
-  const rest = /^\s*<?([^\s<>]{0,2000}?)>?(?:\s+"[^"\n]{0,500}")?\s*\)/.exec(source.slice(middle + 2, middle + 2600));
+  const rest = /^\s*<?((?:[^\s<>()]|\([^\s<>()]*\))*)>?(?:\s+"[^"\n]{0,500}")?\s*\)/.exec(source.slice(middle + 2, middle + 2600));
   return rest && !text.includes("[") ? { text, address: rest[1], end: middle + 2 + rest[0].length } : null;
 }
 

@@ -37,7 +37,7 @@ def visit(serve, chromium):
                 await scenario(page, engine)
                 assert all(address.startswith(client.address) for address in page.requests), page.requests
 
-        serve(with_page, **settings)
+        serve(with_page, seconds=90, **settings)
 
     return run
 
@@ -123,7 +123,10 @@ def test_probabilities_show_under_the_pointer_and_by_keyboard(visit):
     async def scenario(page, engine):
         await ask(page, "x")
         await button(page, "Tokens")
-        assert await page.evaluate("[...document.querySelectorAll('.token')].map((t) => t.textContent).join('')") == "hello"
+        assert (
+            await page.evaluate("[...document.querySelectorAll('.token')].map((t) => t.textContent).join('')")
+            == "hello"
+        )
         await page.hover(".token:nth-of-type(2)")
         card = "document.getElementById('token-card')"
         await page.wait(f"!{card}.hidden")
@@ -152,7 +155,7 @@ def test_probabilities_show_under_the_pointer_and_by_keyboard(visit):
 
 def test_the_raw_request_is_a_command_and_the_response_as_it_came(visit):
     async def scenario(page, engine):
-        hard = "it's \"quoted\" `$(id)` \\ and\nlines 今天"
+        hard = 'it\'s "quoted" `$(id)` \\ and\nlines 今天'
         await page.wait(READY)
         await page.click("#prompt")
         await page.type(hard)
@@ -257,6 +260,11 @@ def test_errors_are_shown_and_the_conversation_goes_on(visit):
     visit(scenario)
 
 
+# What the page itself makes in a conversation, its dialogs and the card of a token.
+ALLOWED = """
+article header h2 h3 div details summary p a span figure figcaption button pre code table thead tbody tr th td section
+form label input ol li i
+"""
 HOSTILE = """<script>window.pwned = 1</script><img src=x onerror="window.pwned = 2">
 <svg onload="window.pwned = 3"></svg><iframe src="https://evil.example/"></iframe>
 
@@ -291,12 +299,11 @@ def test_what_a_model_writes_cannot_script_the_page(visit):
         made = await page.evaluate(
             "[...document.querySelectorAll('#messages *, dialog *, #token-card *')].map((n) => n.tagName.toLowerCase())"
         )
-        allowed = set(
-            "article header h2 div details summary p a span figure figcaption button pre code table thead tbody tr th td "
-            "h3 section form label input ol li i".split()
-        )
+        allowed = set(ALLOWED.split())
         assert set(made) <= allowed, set(made) - allowed
-        links = await page.evaluate("[...document.querySelectorAll('#messages a')].map((a) => [a.href, a.rel, a.target])")
+        links = await page.evaluate(
+            "[...document.querySelectorAll('#messages a')].map((a) => [a.href, a.rel, a.target])"
+        )
         evil = "https://evil.example/"  # no more than an address that may be followed
         assert {link[0] for link in links} == {evil, f"{evil}pixel.png", "https://good.example/?a=1&b=%222%22"}
         assert all(rel == "noopener noreferrer nofollow" and target == "_blank" for _, rel, target in links)
@@ -312,15 +319,20 @@ def test_what_a_model_writes_cannot_script_the_page(visit):
         await page.evaluate(
             "document.body.append(Object.assign(document.createElement('img'), { src: 'https://evil.example/x.png' }))"
         )
-        await page.evaluate("document.body.setAttribute('onclick', 'window.pwned = 12'); document.body.click()")
+        with pytest.raises(AssertionError, match="TrustedScript"):
+            await page.evaluate("document.body.setAttribute('onclick', 'window.pwned = 12')")
+        await page.evaluate("void document.body.append(document.createElement('style'))")
+        await page.evaluate("document.querySelector('body > style').textContent = 'body { color: red }'")
         assert await page.evaluate("window.pwned") is None
         for _ in range(50):
             if len(page.errors) >= 2:
                 break
             await asyncio.sleep(0.02)
         assert any("img-src" in error for error in page.errors)
-        assert any("script-src" in error or "default-src" in error for error in page.errors)
-        page.requests = [address for address in page.requests if "evil.example" not in address]  # stopped before the wire
+        assert any("style-src" in error for error in page.errors)
+        page.requests = [
+            address for address in page.requests if "evil.example" not in address
+        ]  # stopped before the wire
 
     visit(scenario, reasoning_parser="deepseek_r1")
 
@@ -347,7 +359,10 @@ def test_reasoning_is_folded_and_can_be_opened(visit):
 def fill(engine):
     """An engine with a little of everything to show."""
     engine.core_info = CoreInfo(4096, 1001, 16, gears=[1, 4, 8])
-    engine.start_phases = [("front", [Phase("imports", 0.5)]), ("core", [Phase("imports", 1.0), Phase("weights", 2.0, 3 << 20)])]
+    engine.start_phases = [
+        ("front", [Phase("imports", 0.5)]),
+        ("core", [Phase("imports", 1.0), Phase("weights", 2.0, 3 << 20)]),
+    ]
     engine.config.speculation = type("S", (), {"choice": type("C", (), {"num_drafts": 2})})
 
 
@@ -371,9 +386,20 @@ def test_the_engine_live(visit):
         text = await page.text("#tiles")
         assert "30 %" in text and "25 %" in text and "2\nWaiting" in text
         charts = await page.text("#charts")
-        for shown in ("in use 300", "cached 200", "free 500 of 1,000", "1 preemptions", "accepted 60 %", "imports", "3 MiB", "1 · 4 · 8"):
+        for shown in (
+            "in use 300",
+            "cached 200",
+            "500 free",
+            "1 preemptions",
+            "accepted 60 %",
+            "imports",
+            "3 MiB",
+            "1 · 4 · 8",
+        ):
             assert shown in charts, charts
-        bars = await page.evaluate("[...document.querySelectorAll('.bars dl > div')].map((n) => n.innerText.split(/\\n+/))")
+        bars = await page.evaluate(
+            "[...document.querySelectorAll('.bars dl > div')].map((n) => n.innerText.split(/\\n+/))"
+        )
         assert ["no graph", "1"] in bars and ["4", "9"] in bars
         assert ["draft 1", "80 %"] in bars and ["draft 2", "40 %"] in bars
         # A chart is read with the keyboard: the first point of the batch has the gear of its step.
@@ -439,7 +465,15 @@ def test_keyboard_only(visit):
 def test_on_a_phone_nothing_is_wider_than_the_screen(visit, language):
     async def scenario(page, engine):
         fill(engine)
-        engine.answer = "word " * 40 + "x" * 300 + "\n\n```\n" + "code " * 60 + "\n```\n| a | b |\n|---|---|\n| " + "c " * 99 + "|d|"
+        engine.answer = (
+            "word " * 40
+            + "x" * 300
+            + "\n\n```\n"
+            + "code " * 60
+            + "\n```\n| a | b |\n|---|---|\n| "
+            + "c " * 99
+            + "|d|"
+        )
         width = "Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)"
         await ask(page, "y" * 300)
         assert await page.evaluate(width) <= 390

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -17,6 +16,12 @@ POLICY = (
 )
 
 
+# What makes markup or code of a text.
+SINKS = re.compile(
+    r"\b(innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval|Function|DOMParser|createContextualFragment)\b"
+)
+
+
 async def fetch(client, path, **options):
     """Status, headers and body."""
     async with client.session.get(client.address + path, allow_redirects=False, **options) as response:
@@ -27,7 +32,10 @@ def test_the_page_and_its_files_come_under_a_policy_that_lets_nothing_else_run(s
     async def scenario(client, engine):
         for path in ("/", *(f"/ui/{name}" for name in FILES)):
             status, headers, body = await fetch(client, path)
-            assert status == 200 and body == (page.FOLDER / (path.removeprefix("/ui/").strip("/") or "index.html")).read_bytes()
+            assert (
+                status == 200
+                and body == (page.FOLDER / (path.removeprefix("/ui/").strip("/") or "index.html")).read_bytes()
+            )
             assert headers["Content-Security-Policy"].startswith(POLICY)
             assert "unsafe" not in headers["Content-Security-Policy"]
             assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-cache"
@@ -99,8 +107,7 @@ def test_nothing_is_loaded_from_elsewhere_and_nothing_stands_inline():
         addresses = set(re.findall(r"""["'(]((?:https?:)?//[^"')\s]+)""", text))
         assert addresses <= {"http://www.w3.org/2000/svg"}, name
         if name.endswith(".js"):
-            sinks = r"\b(innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval|Function|DOMParser|createContextualFragment)\b"
-            assert not re.search(sinks, text), name
+            assert not SINKS.search(text), name
     index = (page.FOLDER / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", index)
 
@@ -136,8 +143,3 @@ def test_every_text_is_used_and_every_used_text_exists():
     built = tuple(re.findall(r"[`\"]([a-z]+\.)(?:\$\{|\" \+)", sources))  # `set.${name}`
     literal = set(re.findall(r'"([\w.]+)"', sources))
     assert {key for key in keys if key not in literal and not key.startswith(built)} == set()
-
-
-def test_the_package_has_the_files(request):
-    text = Path(request.config.rootpath, "setup.py").read_text(encoding="utf-8")
-    assert '"omni_engine.server.ui": ["static/*"]' in text

@@ -1,4 +1,4 @@
-"""The page over a real server and its demo model: a conversation, an abort, the live engine, the death of the engine."""
+"""The page over a real server and its demo model: a conversation, an abort, the engine live, its death."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import re
 import signal
 import urllib.request
 
+import pytest
+
+pytestmark = pytest.mark.full
 READY = "document.getElementById('status').dataset.status === 'ready'"
 DONE = "[...document.querySelectorAll('.turn.model')].at(-1)?.getAttribute('aria-busy') === 'false'"
 SPECULATION = ("--speculative-config", '{"method": "mtp", "num_speculative_tokens": 2}')
@@ -52,11 +55,13 @@ def test_a_conversation_an_abort_and_the_engine_live(chromium, serve_demo):
             body = {"messages": conversation, "temperature": 0, "max_tokens": 24}
             expected = await asyncio.to_thread(complete, server.url, body)
             tokens = "document.querySelector('.turn.model').querySelectorAll('.token')"
-            assert await page.evaluate("document.querySelector('.turn.model .prose').innerText.trim()") == expected.strip()
+            assert (
+                await page.evaluate("document.querySelector('.turn.model .prose').innerText.trim()") == expected.strip()
+            )
             await page.evaluate("document.querySelectorAll('.turn.model .actions button')[2].click()")
             assert await page.evaluate(f"{tokens}.length") == 24
             texts = await page.evaluate(f"[...{tokens}].map((node) => node.entry.token).join('')")
-            assert texts.strip() == expected.strip()
+            assert re.sub(r"<[|]\w+[|]>", "", texts).strip() == expected.strip()  # tokens tell the special ones too
 
             await page.click("#set-max_tokens")
             await page.evaluate("document.getElementById('set-max_tokens').select()")
@@ -68,7 +73,7 @@ def test_a_conversation_an_abort_and_the_engine_live(chromium, serve_demo):
             await page.wait("Number.parseFloat(document.querySelector('#tile-generation b').textContent) > 0", 20)
             await page.wait("/accepted \\d/.test(document.getElementById('charts').innerText)", 20)
             charts = await page.text("#charts")
-            assert re.search(r"in use [1-9]", charts) and re.search(r"free [\d,]+ of 2,047", charts)
+            assert re.search(r"in use [1-9]", charts) and re.search(r"[\d,]+ free", charts)
             assert re.search(r"batch 1\s+gear [01]", charts) and "weights" in charts
             await page.press("Escape")  # wherever the focus is
             await page.wait(f"{DONE} && document.querySelector('#tile-running b').textContent === '0'", 20)
