@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 
 import pytest
 
@@ -132,6 +134,32 @@ def test_a_core_tells_of_its_steps_while_it_is_watched_and_only_then(path):
             told.clear()
             await generate(1, 10)
             assert told and set(told) == {None}
+        finally:
+            await engine.shutdown()
+
+    asyncio.run(asyncio.wait_for(scenario(), 120))
+
+
+def test_a_watch_begins_before_the_engine_is_ready_and_outlives_its_core(path):
+    async def scenario():
+        args = EngineArgs(model=str(path), dtype="float32", max_model_len=192, num_gpu_blocks_override=64)
+        engine = AsyncEngine.from_engine_args(args, restart_core=True)
+
+        async def generate():
+            params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+            return [output async for output in engine.generate({"prompt_token_ids": [5, 6, 7]}, params)]
+
+        try:
+            with engine.watched() as meter:
+                await generate()
+                assert meter.sample(0.0).num_steps >= 10
+                os.kill(engine._client.process.pid, signal.SIGKILL)
+                while engine.is_ready:
+                    await asyncio.sleep(0.01)
+                assert meter.sample(0.0).num_running == 0
+                await generate()
+                sample = meter.sample(0.0)
+                assert sample.num_steps >= 10 and sample.num_generation_tokens == 10
         finally:
             await engine.shutdown()
 

@@ -32,7 +32,7 @@ export function startChat(failed) {
   prompt.addEventListener("input", fitPrompt);
   byId("stop").addEventListener("click", stop);
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) {
+    if (event.key === "Escape" && !event.isComposing && running && !document.querySelector("dialog[open]")) {
       stop();
     }
   });
