@@ -7,8 +7,9 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -24,12 +25,13 @@ from .errors import EngineDeadError, EngineRestartError, EngineShutdownError
 from .front import Front
 from .input_processor import InputProcessor, ProcessedRequest
 from .inputs import PromptType, is_conversation
+from .load import LoadMeter
 from .logs import logs_json
-from .messages import Abort, Add, Answer, CoreInfo, Profile, ResetPrefixCache, Updates
+from .messages import Abort, Add, Answer, CoreInfo, Profile, ResetPrefixCache, Updates, Watch
 from .metrics import EngineMetrics
 from .output_processor import RequestState
 from .outputs import RequestOutput
-from .phases import PhaseTimer, phase_records, phase_table
+from .phases import Phase, PhaseTimer, phase_records, phase_table
 from .stats_log import StatsLog
 from .tracing import RequestTracer
 
@@ -76,6 +78,9 @@ class AsyncEngine:
         self._tasks: list[asyncio.Task[None]] = []
         self._starting: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
+        self._info: CoreInfo | None = None
+        self._start_phases: list[tuple[str, list[Phase]]] = []
+        self._meter: LoadMeter | None = None
         self._stats: dict[str, Any] = {}
         self._stats_log = None if args.disable_log_stats else StatsLog(time.monotonic())
         self._dead_error: EngineDeadError | None = None
@@ -356,6 +361,34 @@ class AsyncEngine:
         """The scheduler's counters as of its last step."""
         return dict(self._stats)
 
+    @property
+    def core_info(self) -> CoreInfo | None:
+        """What loading found out; None before the engine is ready."""
+        return self._info
+
+    @property
+    def start_phases(self) -> list[tuple[str, list[Phase]]]:
+        """How long each phase of the last start took, by process; empty before the engine is ready."""
+        return self._start_phases
+
+    @contextmanager
+    def watched(self) -> Iterator[LoadMeter]:
+        """A meter of the load from here to the end of the block. Outside of it the core reports no step, and nothing is
+        counted. One at a time: RuntimeError. It may begin before the engine is ready and outlives a lost core."""
+        if self._meter is not None:
+            raise RuntimeError(f"the engine is watched already; share the meter: {self._meter}")
+        self._meter = LoadMeter(time.monotonic())
+        self._send_watch(True)
+        try:
+            yield self._meter
+        finally:
+            self._meter = None
+            self._send_watch(False)
+
+    def _send_watch(self, wanted: bool) -> None:
+        if self._client is not None and self.is_ready:
+            self._client.send(Watch(wanted))
+
     async def check_health(self) -> None:
         """Raises `EngineDeadError` if no request can be served any more."""
         if self._dead_error is not None:
@@ -405,7 +438,10 @@ class AsyncEngine:
             self._die(EngineDeadError(f"{type(error).__name__}: {error}"))
 
     def _take_info(self, info: CoreInfo) -> None:
+        self._info = info
         self._inputs = self._loaded_front.input_processor(info.max_model_len)
+        if self._meter is not None:
+            self._send_watch(True)
         if self._metrics is None and not self.args.disable_log_stats:
             speculation = self.config.speculation
             self._metrics = EngineMetrics(
@@ -422,6 +458,7 @@ class AsyncEngine:
         if timer.phases:
             timer.done("wait for the core")
             processes.insert(0, ("front", timer.phases))
+        self._start_phases = processes
         title = f"started in {sum(phase.seconds for phase in processes[0][1]):.2f} s"
         text = title if logs_json() else f"{title}:\n{phase_table(processes)}"
         logger.info(text, extra={"data": {"phases": phase_records(processes)}})
@@ -456,6 +493,8 @@ class AsyncEngine:
     def _fail_streams(self, error: EngineDeadError) -> None:
         if self._metrics is not None:
             self._metrics.core_lost()
+        if self._meter is not None:
+            self._meter.core_lost()
         for stream in self._streams.values():
             stream.put_nowait(error)
         for answer in self._answers.values():
@@ -470,6 +509,11 @@ class AsyncEngine:
         self._count_ends(result.core_ids_to_abort, "stop")  # what ends with an error has been counted by now
         if self._stats_log is not None:
             self._stats_log.count(message.stats, result.num_prompt_tokens, result.num_new_tokens)
+        if self._meter is not None:
+            self._meter.take(
+                message.updates, message.stats, message.load,
+                result.num_prompt_tokens, result.num_new_tokens, time.monotonic(),
+            )  # fmt: skip
         if result.core_ids_to_abort and self._client is not None:
             self._client.send(Abort(result.core_ids_to_abort))
         for state, item in itertools.chain(result.outputs, result.failures):

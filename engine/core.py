@@ -13,6 +13,7 @@ from ..scheduler.plan import StepOutput, StepPlan
 from ..scheduler.request import RequestInput, RequestUpdate
 from ..scheduler.scheduler import Scheduler, SchedulerStats
 from .config import EngineConfig
+from .load import CoreLoad, StepReport
 from .messages import CoreInfo
 from .model_runner import ModelRunner
 from .phases import PhaseTimer
@@ -53,6 +54,7 @@ class EngineCore:
         self._in_flight: deque[tuple[StepPlan, Callable[[], StepOutput]]] = deque()
         self._profiler: StepProfiler | None = None
         self._thread: ThreadPoolExecutor | None = None
+        self._reports: list[StepReport] | None = None  # of the steps read since the last load, if somebody looks
         if overlap and runner.device.type == "cpu":
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
 
@@ -63,7 +65,8 @@ class EngineCore:
         """Load weights and allocate the cache; raises with a message that says what to change. `acceptance_rates`, for
         benchmarks only: drafts are accepted by lot, and the tokens mean nothing."""
         parts = load_core_parts(config, timer or PhaseTimer(), acceptance_rates)
-        info = CoreInfo(parts.max_model_len, parts.num_blocks, config.block_size)
+        gears = list(parts.runner.graphs.gears)
+        info = CoreInfo(parts.max_model_len, parts.num_blocks, config.block_size, gears=gears)
         core = cls(parts.scheduler, parts.runner, info, overlap=config.args.async_scheduling, grammars=parts.grammars)
         if config.args.profiler_config is not None:
             core._profiler = StepProfiler(choose_profiler(config.args.profiler_config))
@@ -115,8 +118,13 @@ class EngineCore:
         return updates
 
     def _read(self) -> list[RequestUpdate]:
-        plan, output = self._in_flight.popleft()
-        return self.scheduler.update(plan, output())
+        plan, launched = self._in_flight.popleft()
+        output = launched()
+        if self._reports is not None:
+            num_tokens = sum(plan.num_tokens)
+            report = StepReport(len(plan.rows), plan.num_decode, num_tokens, output.gear, output.seconds)
+            self._reports.append(report)
+        return self.scheduler.update(plan, output)
 
     def _launch(self, plan: StepPlan) -> Callable[[], StepOutput]:
         """Start a step; the result waits for its output."""
@@ -156,6 +164,18 @@ class EngineCore:
             num_waiting=stats.num_waiting + len(self._waiting_for_grammar),
             num_waiting_tokens=stats.num_waiting_tokens + num_tokens,
         )
+
+    def watch(self, wanted: bool) -> None:
+        """From here on keep a report of every step for `take_load`, or stop doing so."""
+        self._reports = [] if wanted else None
+
+    def take_load(self) -> CoreLoad | None:
+        """The load, and the steps since it was last taken; None while nobody looks."""
+        if self._reports is None:
+            return None
+        reports, self._reports = self._reports, []
+        pool = self.scheduler.kv.pool
+        return CoreLoad(pool.num_pinned, pool.num_cached, reports)
 
     def reset_prefix_cache(self) -> bool:
         return self.scheduler.kv.reset_prefix_cache()

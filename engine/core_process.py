@@ -33,6 +33,7 @@ from .messages import (
     Start,
     Stop,
     Updates,
+    Watch,
     frame,
     to_core_decoder,
 )
@@ -123,6 +124,8 @@ def _step_until_told(core: EngineCore, channel: CoreChannel, clock: StepClock) -
                 channel.send(Answer(message.number, core.reset_prefix_cache()))
             elif isinstance(message, Profile):
                 channel.send(_profile(core, message))
+            elif isinstance(message, Watch):
+                core.watch(message.wanted)
             elif isinstance(message, RequestUpdate):
                 updates.append(message)
             elif isinstance(message, Stop):
@@ -130,7 +133,7 @@ def _step_until_told(core: EngineCore, channel: CoreChannel, clock: StepClock) -
         if core.has_unfinished:
             with clock:
                 updates += core.step()
-        channel.send(Updates(updates, core.stats()))
+        channel.send(Updates(updates, core.stats(), core.take_load()))
 
 
 def _profile(core: EngineCore, message: Profile) -> Answer:

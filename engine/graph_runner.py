@@ -106,6 +106,7 @@ class GraphRunner:
         self.reports: dict[GraphKey, CaptureReport] = {}
         self.num_replayed: Counter[GraphKey] = Counter()
         self.num_eager = 0
+        self.last_gear = 0  # of the last step; 0: it ran without a graph
         self.kernels: threading.Thread | None = None  # that builds the ops' faster bodies, if they are not there yet
         self._ready: dict[GraphKey, Graph] = {}
         self._padded = np.full(0, self.null_row, np.int64)
@@ -200,12 +201,14 @@ class GraphRunner:
             if key is not None and self.backend is not None:
                 self.backend.demand(key)
             self.num_eager += sampler != DRAFT
+            self.last_gear = 0
             return self.run_eager(sampler, rows, num_blocks, num_drafts)
         padded = self._padded[: key.num_requests]
         padded[:count] = rows
         padded[count:] = self.null_row
         self._rows[: key.num_requests].copy_(torch.from_numpy(padded))
         self.num_replayed[key] += 1
+        self.last_gear = key.num_requests
         return graph()[: count * (key.tokens_per_request if sampler == "split" else 1)]
 
     def run_eager(self, sampler: str, rows: np.ndarray, num_blocks: int, num_drafts: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ import msgspec
 
 from ..scheduler.request import RequestInput, RequestUpdate
 from ..scheduler.scheduler import SchedulerStats
+from .load import CoreLoad
 from .phases import Phase
 
 FRAME_HEADER_BYTES = 4  # length of the message that follows, little-endian
@@ -40,6 +41,12 @@ class Profile(msgspec.Struct, frozen=True, tag=True):
     starts: bool
 
 
+class Watch(msgspec.Struct, frozen=True, tag=True):
+    """From here on tell of every step, or stop telling."""
+
+    wanted: bool
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """End the core once this is read; whatever runs is dropped."""
 
@@ -51,6 +58,7 @@ class CoreInfo(msgspec.Struct, frozen=True, tag=True):
     num_blocks: int
     block_size: int
     phases: list[Phase] = []
+    gears: list[int] = []
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -64,6 +72,7 @@ class Updates(msgspec.Struct, frozen=True, tag=True):
 
     updates: list[RequestUpdate]
     stats: SchedulerStats
+    load: CoreLoad | None = None  # while the core is watched
 
 
 class Answer(msgspec.Struct, frozen=True, tag=True):
@@ -74,7 +83,7 @@ class Answer(msgspec.Struct, frozen=True, tag=True):
     error: str | None = None
 
 
-ToCore = Union[Start, Add, Abort, ResetPrefixCache, Profile, Stop]  # noqa: UP007  (evaluated on Python 3.10 too)
+ToCore = Union[Start, Add, Abort, ResetPrefixCache, Profile, Watch, Stop]  # noqa: UP007  (evaluated on Python 3.10 too)
 FromCore = Union[CoreInfo, Failed, Updates, Answer]  # noqa: UP007
 
 _encoder = msgspec.msgpack.Encoder()

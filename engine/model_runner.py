@@ -78,6 +78,7 @@ class DispatchedStep:
         self.read_tokens: Callable[[], list[int]] | None = None  # waits for what `verify` says of each entry
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         self.seconds: Callable[[], float] = float  # that the device took; waits for it
+        self.gear = 0  # of its graph; 0: it runs without one
         self.output: StepOutput | None = None
 
 
@@ -187,7 +188,7 @@ class ModelRunner:
                     logprobs[entry] = [found[index + place] for place in range(len(token_ids[entry]))]
                 index += 1 + (plan.num_drafts if entry < plan.num_decode else 0)
         step.output = StepOutput(
-            plan.step, token_ids, logprobs, step.prompt_logprobs, num_drafts, step.seconds(), failures
+            plan.step, token_ids, logprobs, step.prompt_logprobs, num_drafts, step.seconds(), failures, step.gear
         )
 
     def _begin_copy(self, token_ids: Tensor) -> Callable[[], list[int]]:
@@ -232,6 +233,7 @@ class ModelRunner:
         num_blocks = int(self.table.num_blocks[rows].max())
         masks = self._begin_masks(rows, plan.num_drafts, rows[:0])
         output = self.graphs.replay(kind, rows, num_blocks, plan.num_drafts)
+        step.gear = self.graphs.last_gear
         if kind != "split":
             return output
         state, index = self.table.state, self._to_device(rows)

@@ -68,3 +68,4 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_drafts: list[int] = []  # per entry that decodes: drafts that were there to be verified; none without drafts
     seconds: float = 0.0  # the step took on the device
     failures: dict[int, str] = {}  # entry -> why its request cannot go on; its tokens mean nothing
+    gear: int = 0  # requests that its graph has room for; 0: it ran without a graph

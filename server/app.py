@@ -26,6 +26,7 @@ from .responses import ModelCard, ModelList
 from .responses_api.routes import add_response_routes
 from .settings import ServerSettings
 from .tokenization import detokenize, tokenize, tokenizer_info
+from .ui.page import add_page
 
 if TYPE_CHECKING:
     from ..engine.async_engine import AsyncEngine
@@ -51,7 +52,8 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     app[CONTEXT] = ServerContext(engine, settings)
     # A proxy may pass the root path on or strip it.
-    for prefix in dict.fromkeys(("", settings.root_path)):
+    prefixes = tuple(dict.fromkeys(("", settings.root_path)))
+    for prefix in prefixes:
         app.add_routes(
             [
                 web.get(f"{prefix}/health", _health),
@@ -81,6 +83,8 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
             add_development_routes(app, prefix)
         if settings.enable_docs:
             add_documentation_routes(app, prefix)
+    if settings.ui:
+        add_page(app, prefixes)
     if settings.cors.origins:
         install(settings.cors, app)
     app.on_response_prepare.append(add_load_report)

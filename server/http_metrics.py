@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, PlatformCol
 from prometheus_client.exposition import generate_latest
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-UNCOUNTED_PATHS = frozenset(("/metrics", "/metrics/", "/health", "/load", "/ping", "/version"))
+UNCOUNTED_PATHS = frozenset(("/metrics", "/metrics/", "/health", "/load", "/ping", "/version", "/ui/live"))
 UNKNOWN_ROUTE = "none"  # whatever address a client makes up, it makes no new series
 
 

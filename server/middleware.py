@@ -24,7 +24,7 @@ logger = logging.getLogger("omni_engine.access")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Middleware = Callable[[web.Request, Handler], Coroutine[Any, Any, web.StreamResponse]]
 
-VLLM_GUARDED_PATHS = ("/v1", "/v2", "/inference", "/cohere")
+VLLM_GUARDED_PATHS = ("/v1", "/v2", "/inference", "/cohere", "/ui/live")
 OPEN_PATHS = ("/health", "/ping")
 CLIENT_GONE_STATUS = 499  # nobody hears it; it is what proxies log for a client that did not wait
 
@@ -95,13 +95,19 @@ def traced(tracer: RequestTracer) -> Middleware:
 
 def api_key_guard(keys: tuple[str, ...], root_path: str) -> Middleware:
     """Refuses (401) requests to all paths but those about health that bring none of `keys`, as a bearer token or in
-    the header x-api-key."""
+    the header x-api-key. The page's own files are open too: it asks for the key."""
     is_known = _key_check(keys)
-    open_paths = (*OPEN_PATHS, *(root_path + path for path in OPEN_PATHS))
+    prefixes = tuple(dict.fromkeys(("", root_path)))
+    open_paths = {prefix + path for prefix in prefixes for path in (*OPEN_PATHS, "", "/")}
+    page_paths = tuple(f"{prefix}/ui/" for prefix in prefixes)
+    live_paths = {f"{path}live" for path in page_paths}
+
+    def is_open(path: str) -> bool:
+        return path in open_paths or (path.startswith(page_paths) and path not in live_paths)
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in open_paths and request.method != "OPTIONS":
+        if not is_open(request.path) and request.method != "OPTIONS":
             given = [key for key in (_bearer_token(request), request.headers.get("x-api-key")) if key is not None]
             if not any(is_known(key) for key in given):
                 message = "a valid API key is needed, as Authorization: Bearer KEY or as x-api-key: KEY"

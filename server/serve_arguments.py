@@ -114,6 +114,8 @@ def add_api_arguments(group: Any) -> None:
     add_switch("--return-tokens-as-token-ids", 'show the tokens of logprobs as "token_id:N"')
     add_switch("--enable-prompt-tokens-details", "report cached prompt tokens in usage")
     add_switch("--enable-per-request-metrics", "report the times of a request with one sequence in its answer")
+    add("--ui", action=argparse.BooleanOptionalAction, default=True,
+        help="serve the page at /: chat and live engine (default: yes)")  # fmt: skip
     add("--fingerprint-mode", type=parse_fingerprint_mode, choices=FINGERPRINT_MODES, default="full",
         help="system_fingerprint of responses: version and a hash of the settings, hash, none (full)")  # fmt: skip
 
@@ -207,6 +209,7 @@ def server_settings(arguments: argparse.Namespace, args: EngineArgs) -> ServerSe
         enable_docs=not arguments.disable_fastapi_docs,
         access_log=not arguments.disable_uvicorn_access_log,
         unlogged_paths=tuple(arguments.disable_access_log_for_endpoints),
+        ui=arguments.ui,
         root_path=f"/{root_path}" if root_path else "",
         fingerprint=fingerprint(arguments.fingerprint_mode, args),
         cors=CorsPolicy(

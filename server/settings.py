@@ -70,6 +70,7 @@ class ServerSettings:
     enable_docs: bool = True  # /openapi.json, /docs
     access_log: bool = True
     unlogged_paths: tuple[str, ...] = ()  # left out of the access log
+    ui: bool = True  # the page at /
     root_path: str = ""  # where a proxy shows this server, without a slash at the end
     fingerprint: str | None = None  # system_fingerprint of responses
     cors: CorsPolicy = field(default_factory=CorsPolicy)

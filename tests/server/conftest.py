@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,10 @@ from aiohttp import ClientSession, web
 from prometheus_client import CollectorRegistry
 
 from omni_engine.engine.config import EngineArgs
+from omni_engine.engine.load import LoadMeter
+from omni_engine.engine.messages import CoreInfo
 from omni_engine.engine.outputs import CompletionOutput, Logprob, RequestOutput, RequestStats
+from omni_engine.engine.phases import Phase
 from omni_engine.models.chat_template import ChatTemplate
 from omni_engine.scheduler.sampling_params import RequestOutputKind, SamplingParams, ValidationError
 from omni_engine.server.app import build_app
@@ -94,6 +99,21 @@ class FakeEngine:
         self.running: set[str] = set()
         self.closed_early: list[str] = []
         self.rendered: list[tuple[Any, dict[str, Any]]] = []
+        self.core_info: CoreInfo | None = None
+        self.start_phases: list[tuple[str, list[Phase]]] = []
+        self.config = SimpleNamespace(speculation=None)
+        self.meter: LoadMeter | None = None  # while somebody looks
+        self.num_watches = 0
+
+    @contextmanager
+    def watched(self) -> Iterator[LoadMeter]:
+        assert self.meter is None
+        self.meter = LoadMeter(time.monotonic())
+        self.num_watches += 1
+        try:
+            yield self.meter
+        finally:
+            self.meter = None
 
     def tokenizer_config(self) -> dict[str, Any]:
         return {"tokenizer_class": "FakeTokenizer"}
@@ -261,7 +281,7 @@ Scenario = Callable[[Client, FakeEngine], Coroutine[Any, Any, None]]
 def serve() -> Callable[..., None]:
     """Runs a scenario against the application over a fake engine."""
 
-    def run(scenario: Scenario, **settings: Any) -> None:
+    def run(scenario: Scenario, seconds: float = 20, **settings: Any) -> None:
         async def main() -> None:
             engine = FakeEngine()
             app = build_app(engine, ServerSettings(**{"model": MODEL, **settings}))  # type: ignore[arg-type]
@@ -271,7 +291,7 @@ def serve() -> Callable[..., None]:
             await site.start()
             port = runner.addresses[0][1]
             async with ClientSession() as session:
-                await asyncio.wait_for(scenario(Client(session, f"http://127.0.0.1:{port}"), engine), 20)
+                await asyncio.wait_for(scenario(Client(session, f"http://127.0.0.1:{port}"), engine), seconds)
             await runner.cleanup()
 
         asyncio.run(main())
