@@ -47,6 +47,7 @@ _BODIES: dict[tuple[str, str], tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     ("GET", "/v1/models"): ((), (ModelList,)),
     ("GET", "/v1/models/{model}"): ((), (ModelCard,)),
 }
+_NO_BODIES: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
 _NUMBER, _TEXT = {"type": "integer"}, {"type": "string"}
 _QUERIES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
     ("GET", "/v1/responses/{id}"): {"stream": {"type": "boolean"}, "starting_after": _NUMBER},
@@ -104,7 +105,7 @@ def specification(app: web.Application, root_path: str) -> dict[str, Any]:
     error = {"description": "what went wrong", "content": {"application/json": {"schema": schemas[-1]}}}
     paths: dict[str, dict[str, Any]] = {}
     for method, path, handler in _routes(app, root_path):
-        body, answer = _BODIES.get((method, path), ((), ()))
+        body, answer = _BODIES.get((method, path), _NO_BODIES)
         operation: dict[str, Any] = {
             "summary": " ".join((handler.__doc__ or path).split()),
             "operationId": f"{method} {path}",
