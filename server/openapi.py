@@ -100,7 +100,8 @@ def specification(app: web.Application, root_path: str) -> dict[str, Any]:
     schema_of = dict(zip(types, schemas, strict=False))
 
     def schema(kinds: tuple[Any, ...]) -> dict[str, Any]:
-        return {"anyOf": [schema_of[kind] for kind in kinds]} if len(kinds) > 1 else schema_of[kinds[0]]
+        found = [schema_of[kind] for kind in kinds]
+        return found[0] if len(found) == 1 else {"anyOf": found}
 
     error = {"description": "what went wrong", "content": {"application/json": {"schema": schemas[-1]}}}
     paths: dict[str, dict[str, Any]] = {}
