@@ -47,6 +47,7 @@ _BODIES: dict[tuple[str, str], tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     ("GET", "/v1/models"): ((), (ModelList,)),
     ("GET", "/v1/models/{model}"): ((), (ModelCard,)),
 }
+_NO_BODIES: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
 _NUMBER, _TEXT = {"type": "integer"}, {"type": "string"}
 _QUERIES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
     ("GET", "/v1/responses/{id}"): {"stream": {"type": "boolean"}, "starting_after": _NUMBER},
@@ -100,12 +101,13 @@ def specification(app: web.Application, root_path: str) -> dict[str, Any]:
     schema_of = dict(zip(types, schemas, strict=False))
 
     def schema(kinds: tuple[Any, ...]) -> dict[str, Any]:
-        return {"anyOf": [schema_of[kind] for kind in kinds]} if len(kinds) > 1 else schema_of[kinds[0]]
+        found = [schema_of[kind] for kind in kinds]
+        return found[0] if len(found) == 1 else {"anyOf": found}
 
     error = {"description": "what went wrong", "content": {"application/json": {"schema": schemas[-1]}}}
     paths: dict[str, dict[str, Any]] = {}
     for method, path, handler in _routes(app, root_path):
-        body, answer = _BODIES.get((method, path), ((), ()))
+        body, answer = _BODIES.get((method, path), _NO_BODIES)
         operation: dict[str, Any] = {
             "summary": " ".join((handler.__doc__ or path).split()),
             "operationId": f"{method} {path}",

@@ -280,7 +280,7 @@ def errors_have_their_classes() -> None:
         complete(model="other")
     assert (caught[0].param, caught[0].type, caught[0].status_code) == ("model", "NotFoundError", 404)
     assert str(caught[0].code) == "404"
-    wrong: dict[str, Any] = {"temperature": -1, "top_p": 2, "n": 0, "logprobs": 999, "stop": ["a"] * 5, "seed": 2**70,
+    wrong: dict[str, Any] = {"temperature": -1, "top_p": 2, "n": 0, "logprobs": 999, "stop": ["a"] * 65, "seed": 2**70,
                              "max_tokens": -1, "stream_options": {"include_usage": True}}  # fmt: skip
     for field, value in wrong.items():
         with raises(openai.BadRequestError) as caught:

@@ -90,7 +90,7 @@ WRONG = [
     completion(kind=BODY, param="body.seed", seed=2**63),
     completion(kind=BODY, param="body.prompt.0", prompt=[-1]),
     completion(kind=BODY, param="prompt", prompt=["a"] * 1025),
-    completion(kind=BODY, param="stop", stop=list("abcde")),
+    completion(kind=BODY, param="stop", stop=["ab"] * 65),
     completion(kind=BODY, param="cache_salt", cache_salt="a@b"),
     completion(kind=BODY, param="body.truncate_prompt_tokens", truncate_prompt_tokens=-2),
     completion(kind=BODY, param="truncation_side", truncation_side="middle"),
