@@ -1,4 +1,4 @@
-"""The command line: `omni-engine serve | generate | chat | run-batch | bench | compile | graph`."""
+"""The command line: `omni-engine serve | generate | chat | run-batch | bench | compile | graph | doctor`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _COMMANDS = {
     "bench": "measure an engine or a running server",
     "compile": "compile a model's decode graphs ahead",
     "graph": "list, check, carry and remove compiled graphs; lower a step for an NPU",
+    "doctor": "check an NPU from the bottom up: machine, operators, a layer, a gear",
 }
 
 
@@ -64,6 +65,10 @@ def _run(command: str, words: list[str]) -> int:
         from .graph_commands import run_graph
 
         return run_graph(words)
+    if command == "doctor":
+        from .doctor_command import run_doctor
+
+        return run_doctor(words)
     if command == "compile":
         from .compile_command import compile_parser, run_compile
 
