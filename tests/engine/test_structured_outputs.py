@@ -78,7 +78,7 @@ def holds(kind, text):
 
 def make_engine(speculative=None, **options):
     settings = {
-        "dtype": "float32", "max_num_seqs": 4, "max_model_len": 256, "max_num_batched_tokens": 64,
+        "dtype": "float32", "max_num_seqs": 4, "max_model_len": 128, "max_num_batched_tokens": 64,
         "enforce_eager": True, "generation_config": "vllm",
     }  # fmt: skip
     return Engine(str(DEMO), speculative_config=speculative, **(settings | options))
@@ -89,7 +89,7 @@ def requests(kinds=KINDS, **fields):
     return [
         (kind, {"prompt_token_ids": prompt}, SamplingParams(
             structured_outputs=constraint, temperature=1.0 + 0.4 * place, seed=10 * place + number,
-            **({"max_tokens": 70, "logit_bias": QUOTES if kind == "object" else None} | fields)))
+            **({"max_tokens": 110, "logit_bias": QUOTES if kind == "object" else None} | fields)))
         for number, (kind, constraint) in enumerate(kinds.items()) for place, prompt in enumerate(PROMPTS)
     ]  # fmt: skip
 
@@ -125,7 +125,7 @@ def test_every_complete_answer_is_what_was_asked_for(plain):
             assert holds(kind, one.text), (kind, one.text)
             assert one.token_ids[-1] == 1, "the end is the model's own EOS"
         else:
-            assert len(one.token_ids) == 70
+            assert len(one.token_ids) == 110
     assert all(complete.values()), complete
 
 
@@ -213,7 +213,7 @@ def test_n_sequences_have_their_own_place_in_the_grammar(engine):
     kinds = ("schema", "regex", "gbnf")
     settings = {kind: {"structured_outputs": KINDS[kind], "max_tokens": 60} for kind in kinds}
     outputs = engine.generate([PROMPTS[1]] * 3, [SamplingParams(n=3, seed=3, **settings[kind]) for kind in kinds])
-    places = [(kind, index) for kind in kinds for index in range(2)]
+    places = [(kind, index) for kind in kinds for index in range(3)]
     params = [SamplingParams(seed=3 + index, **settings[kind]) for kind, index in places]
     alone = engine.generate([PROMPTS[1]] * len(params), params)
     for (kind, index), one in zip(places, alone, strict=True):
