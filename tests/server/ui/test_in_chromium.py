@@ -474,7 +474,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(visit, language):
             + "c " * 99
             + "|d|"
         )
-        width = "Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)"
+        parts = "document.querySelectorAll('html, body, .view, .messages, .settings')"
+        width = f"Math.max(...[...{parts}].map((node) => node.scrollWidth))"
         await ask(page, "y" * 300)
         assert await page.evaluate(width) <= 390
         await page.evaluate("document.querySelectorAll('.turn.model .actions button')[2].click()")
