@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .engine.outputs import CompletionOutput, Logprob, RequestOutput
     from .models.registry import ModelRegistry, register_model
     from .scheduler.sampling_params import RequestOutputKind, SamplingParams, ValidationError
+    from .scheduler.structured_outputs import ReasoningSpan, StructuredOutputsParams
 
 _PUBLIC_NAMES = {
     "AsyncEngine": "engine.async_engine",
@@ -30,9 +31,11 @@ _PUBLIC_NAMES = {
     "Logprob": "engine.outputs",
     "ModelRegistry": "models.registry",
     "PromptType": "engine.inputs",
+    "ReasoningSpan": "scheduler.structured_outputs",
     "RequestOutput": "engine.outputs",
     "RequestOutputKind": "scheduler.sampling_params",
     "SamplingParams": "scheduler.sampling_params",
+    "StructuredOutputsParams": "scheduler.structured_outputs",
     "TextPrompt": "engine.inputs",
     "TokensPrompt": "engine.inputs",
     "ValidationError": "scheduler.sampling_params",
@@ -52,9 +55,11 @@ __all__ = [
     "Logprob",
     "ModelRegistry",
     "PromptType",
+    "ReasoningSpan",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "ValidationError",

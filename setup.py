@@ -14,6 +14,7 @@ if __name__ == "__main__":
             "omni_engine.models": ["demo/README.md", "demo/deepseek/*", "demo/deepseek-v32/*"],
             "omni_engine.ops.cpu": ["csrc/*"],
             "omni_engine.ops.npu.simulator": ["*.c"],
+            "omni_engine.server.ui": ["static/*"],
         },
         py_modules=["omni_engine.__init__"],
     )

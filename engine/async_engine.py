@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -22,12 +25,15 @@ from .errors import EngineDeadError, EngineRestartError, EngineShutdownError
 from .front import Front
 from .input_processor import InputProcessor, ProcessedRequest
 from .inputs import PromptType, is_conversation
+from .load import LoadMeter
 from .logs import logs_json
-from .messages import Abort, Add, CoreInfo, ResetPrefixCache, Updates
+from .messages import Abort, Add, Answer, CoreInfo, Profile, ResetPrefixCache, Updates, Watch
 from .metrics import EngineMetrics
+from .output_processor import RequestState
 from .outputs import RequestOutput
-from .phases import PhaseTimer, phase_records, phase_table
+from .phases import Phase, PhaseTimer, phase_records, phase_table
 from .stats_log import StatsLog
+from .tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
 # Longer texts are tokenized in a thread, so that they do not hold up the event loop.
@@ -42,7 +48,8 @@ class AsyncEngine:
     of it, or cancelling it, aborts the request. Metrics are in `metrics_registry` once the engine is ready, under the
     label `served_model_name` (by default the model's own), unless `disable_log_stats` is set. With `restart_core` a
     core that is lost once it was ready is replaced; what it was computing fails, what comes later waits. A core counts
-    as lost too when it does not answer, or has been in one step for `hang_timeout` seconds (0: no limit).
+    as lost too when it does not answer, or has been in one step for `hang_timeout` seconds (0: no limit). `tracer` gets
+    every request at its end, and is closed with the engine.
     """
 
     def __init__(
@@ -54,11 +61,13 @@ class AsyncEngine:
         hang_timeout: float = DEFAULT_STEP_TIMEOUT_SECONDS,
         core: LaunchedCore | None = None,
         timer: PhaseTimer | None = None,
+        tracer: RequestTracer | None = None,
     ) -> None:
         self.args = args
         self._timer = timer or PhaseTimer()
         self.hang_timeout = hang_timeout
         self._launched = core
+        self.tracer = tracer
         self.restart_core = restart_core
         self.served_model_name = served_model_name or args.model
         self.metrics_registry = CollectorRegistry()
@@ -69,12 +78,18 @@ class AsyncEngine:
         self._tasks: list[asyncio.Task[None]] = []
         self._starting: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
+        self._info: CoreInfo | None = None
+        self._start_phases: list[tuple[str, list[Phase]]] = []
+        self._meter: LoadMeter | None = None
         self._stats: dict[str, Any] = {}
         self._stats_log = None if args.disable_log_stats else StatsLog(time.monotonic())
         self._dead_error: EngineDeadError | None = None
         self._streams: dict[str, asyncio.Queue[RequestOutput | Exception]] = {}
         self._closing = False
         self._request_ids = itertools.count()
+        self._grammar_thread: ThreadPoolExecutor | None = None  # no other work may wait behind a grammar
+        self._question_numbers = itertools.count()
+        self._answers: dict[int, asyncio.Future[bool]] = {}  # questions to the core that wait, by number
 
     @classmethod
     def from_engine_args(
@@ -87,6 +102,7 @@ class AsyncEngine:
         hang_timeout: float = DEFAULT_STEP_TIMEOUT_SECONDS,
         core: LaunchedCore | None = None,
         timer: PhaseTimer | None = None,
+        tracer: RequestTracer | None = None,
     ) -> AsyncEngine:
         """An engine for `args`; with `start` it begins to load at once, which needs a running event loop.
 
@@ -94,7 +110,13 @@ class AsyncEngine:
         phases of the start before the engine, which are told together with its own.
         """
         engine = cls(
-            args, served_model_name, restart_core=restart_core, hang_timeout=hang_timeout, core=core, timer=timer
+            args,
+            served_model_name,
+            restart_core=restart_core,
+            hang_timeout=hang_timeout,
+            core=core,
+            timer=timer,
+            tracer=tracer,
         )
         if start:
             engine._starting = asyncio.get_running_loop().create_task(engine._start())
@@ -155,6 +177,15 @@ class AsyncEngine:
     def tokenizer(self) -> Tokenizer | None:
         return self._loaded_front.tokenizer
 
+    def tokenizer_config(self) -> dict[str, Any]:
+        """What tokenizer_config.json says; empty where there is none."""
+        folder = self.config.tokenizer_path
+        path = None if folder is None else folder / "tokenizer_config.json"
+        if path is None or not path.is_file():
+            return {}
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config if isinstance(config, dict) else {}
+
     @property
     def max_model_len(self) -> int:
         """Longest sequence in tokens; known once the engine is ready."""
@@ -197,8 +228,9 @@ class AsyncEngine:
             request_id = str(next(self._request_ids))
         params = sampling_params or self._loaded_front.default_sampling_params()
         request = await self._process(request_id, prompt, params, priority)
+        state = RequestState(request, self.tokenizer)
         try:
-            stream = self._submit(request)
+            stream = self._submit(state)
             while True:
                 item = await stream.get()
                 if isinstance(item, Exception):
@@ -208,6 +240,8 @@ class AsyncEngine:
                     return
         finally:
             self._forget(request.key)
+            if self.tracer is not None:
+                self.tracer.finish(state)
 
     async def _process(
         self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int
@@ -220,13 +254,42 @@ class AsyncEngine:
             if given.get("prompt_token_ids") is None:
                 given["prompt_token_ids"] = await asyncio.to_thread(self._loaded_inputs.encode, text)
             prompt = given  # type: ignore[assignment]
+        grammar = await self._check_grammar(params)
         if self._dead_error is not None:
             raise self._dead_error
-        return self._loaded_inputs.process(request_id, prompt, params, priority=priority)
+        return self._loaded_inputs.process(request_id, prompt, params, priority=priority, grammar=grammar)
 
-    def _submit(self, request: ProcessedRequest) -> asyncio.Queue[RequestOutput | Exception]:
+    async def _check_grammar(self, params: SamplingParams) -> str | None:
+        """As `Front.check_grammar`, while others go on."""
+        front = self._loaded_front
+        if params.structured_outputs is None:
+            return None
+        if front.grammars is not None and (known := front.grammars.known(params.structured_outputs)) is not None:
+            return known
+        return await asyncio.wrap_future(self._grammar_executor().submit(front.check_grammar, params))
+
+    def warm_up_grammars(self) -> None:
+        """Start the process for grammars, which would start with the first constraint. Returns at once."""
+        grammars = self._loaded_front.grammars
+        if grammars is not None:
+
+            def start() -> None:
+                try:
+                    grammars.start()
+                except (RuntimeError, OSError) as error:  # who needs it will be told
+                    logger.debug("%s", error)
+
+            self._grammar_executor().submit(start)
+
+    def _grammar_executor(self) -> ThreadPoolExecutor:
+        if self._grammar_thread is None:
+            self._grammar_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        return self._grammar_thread
+
+    def _submit(self, state: RequestState) -> asyncio.Queue[RequestOutput | Exception]:
         assert self._client is not None
-        self._loaded_front.outputs.add(request)
+        request = state.request
+        self._loaded_front.outputs.add(state)
         stream: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         self._streams[request.key] = stream
         if self._metrics is not None:
@@ -262,15 +325,69 @@ class AsyncEngine:
         await self.wait_ready()
         return await asyncio.to_thread(self._loaded_front.render_chat, messages, **options)
 
-    async def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes that no running request holds."""
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False if running requests still hold some."""
+        return await self._ask(ResetPrefixCache(next(self._question_numbers)))
+
+    async def start_profile(self) -> None:
+        """Profile the steps from now on, as `profiler_config` says; RuntimeError if that cannot be done."""
+        await self._ask(Profile(next(self._question_numbers), starts=True))
+
+    async def stop_profile(self) -> None:
+        """Write down what has been seen since `start_profile`; RuntimeError if that cannot be done."""
+        await self._ask(Profile(next(self._question_numbers), starts=False))
+
+    async def _ask(self, question: ResetPrefixCache | Profile) -> bool:
+        """The core's answer; raises RuntimeError with its error, `EngineDeadError` if it is lost meanwhile."""
         await self.wait_ready()
         assert self._client is not None
-        self._client.send(ResetPrefixCache())
+        answer = self._answers[question.number] = asyncio.get_running_loop().create_future()
+        self._client.send(question)
+        try:
+            return await answer
+        finally:
+            del self._answers[question.number]
+
+    def _take_answer(self, answer: Answer) -> None:
+        waiting = self._answers.get(answer.number)
+        if waiting is None or waiting.done():
+            return  # whoever asked has left
+        if answer.error is None:
+            waiting.set_result(answer.done)
+        else:
+            waiting.set_exception(RuntimeError(answer.error))
 
     async def stats(self) -> dict[str, Any]:
         """The scheduler's counters as of its last step."""
         return dict(self._stats)
+
+    @property
+    def core_info(self) -> CoreInfo | None:
+        """What loading found out; None before the engine is ready."""
+        return self._info
+
+    @property
+    def start_phases(self) -> list[tuple[str, list[Phase]]]:
+        """How long each phase of the last start took, by process; empty before the engine is ready."""
+        return self._start_phases
+
+    @contextmanager
+    def watched(self) -> Iterator[LoadMeter]:
+        """A meter of the load from here to the end of the block. Outside of it the core reports no step, and nothing is
+        counted. One at a time: RuntimeError. It may begin before the engine is ready and outlives a lost core."""
+        if self._meter is not None:
+            raise RuntimeError(f"the engine is watched already; share the meter: {self._meter}")
+        self._meter = LoadMeter(time.monotonic())
+        self._send_watch(True)
+        try:
+            yield self._meter
+        finally:
+            self._meter = None
+            self._send_watch(False)
+
+    def _send_watch(self, wanted: bool) -> None:
+        if self._client is not None and self.is_ready:
+            self._client.send(Watch(wanted))
 
     async def check_health(self) -> None:
         """Raises `EngineDeadError` if no request can be served any more."""
@@ -291,10 +408,16 @@ class AsyncEngine:
                 await asyncio.sleep(0.01)
         if self._client is not None:
             await self._client.close()
+        if self._front is not None:
+            await asyncio.to_thread(self._front.close)
+        if self._grammar_thread is not None:
+            self._grammar_thread.shutdown(wait=False, cancel_futures=True)
         self._die(EngineShutdownError(SHUTDOWN_MESSAGE))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.tracer is not None:
+            await asyncio.to_thread(self.tracer.close)
 
     async def _read_core(self, client: CoreClient) -> None:
         """Hand what the core says to the streams, until it ends."""
@@ -304,6 +427,8 @@ class AsyncEngine:
                 if isinstance(message, CoreInfo):
                     self._take_info(message)
                     self._tasks.append(asyncio.create_task(self._watch_core(client)))
+                elif isinstance(message, Answer):
+                    self._take_answer(message)
                 else:
                     self._take_updates(message)
         except EngineDeadError as error:
@@ -313,7 +438,10 @@ class AsyncEngine:
             self._die(EngineDeadError(f"{type(error).__name__}: {error}"))
 
     def _take_info(self, info: CoreInfo) -> None:
+        self._info = info
         self._inputs = self._loaded_front.input_processor(info.max_model_len)
+        if self._meter is not None:
+            self._send_watch(True)
         if self._metrics is None and not self.args.disable_log_stats:
             speculation = self.config.speculation
             self._metrics = EngineMetrics(
@@ -330,6 +458,7 @@ class AsyncEngine:
         if timer.phases:
             timer.done("wait for the core")
             processes.insert(0, ("front", timer.phases))
+        self._start_phases = processes
         title = f"started in {sum(phase.seconds for phase in processes[0][1]):.2f} s"
         text = title if logs_json() else f"{title}:\n{phase_table(processes)}"
         logger.info(text, extra={"data": {"phases": phase_records(processes)}})
@@ -364,8 +493,13 @@ class AsyncEngine:
     def _fail_streams(self, error: EngineDeadError) -> None:
         if self._metrics is not None:
             self._metrics.core_lost()
+        if self._meter is not None:
+            self._meter.core_lost()
         for stream in self._streams.values():
             stream.put_nowait(error)
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(error)
 
     def _take_updates(self, message: Updates) -> None:
         self._stats = msgspec.structs.asdict(message.stats)
@@ -375,6 +509,11 @@ class AsyncEngine:
         self._count_ends(result.core_ids_to_abort, "stop")  # what ends with an error has been counted by now
         if self._stats_log is not None:
             self._stats_log.count(message.stats, result.num_prompt_tokens, result.num_new_tokens)
+        if self._meter is not None:
+            self._meter.take(
+                message.updates, message.stats, message.load,
+                result.num_prompt_tokens, result.num_new_tokens, time.monotonic(),
+            )  # fmt: skip
         if result.core_ids_to_abort and self._client is not None:
             self._client.send(Abort(result.core_ids_to_abort))
         for state, item in itertools.chain(result.outputs, result.failures):

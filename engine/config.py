@@ -16,6 +16,7 @@ from ..models.generation_config import extra_eos_token_ids, sampling_defaults
 from ..models.speculation import check_multi_token_prediction
 from ..scheduler.sampling_params import SamplingParams
 from .graph_config import GRAPH_BACKENDS, choose_graphs
+from .profiling import choose_profiler
 from .speculation import Speculation, check_draft_model, choose_speculation, with_shorthands
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,10 @@ class EngineArgs:
     max_num_queued_tokens: int | None = _arg(
         None, "refuse requests (503) while this many prompt tokens wait", size=True
     )
+    profiler_config: dict[str, Any] | None = _arg(
+        None, 'JSON: {"profiler": "torch", "torch_profiler_dir": FOLDER} to profile steps, from /start_profile to '
+        "/stop_profile", json=True,
+    )  # fmt: skip
     disable_log_stats: bool = _arg(False, "write no periodic line about throughput, queues and cache")
     enforce_eager: bool = _arg(False, "compile no graphs: every step runs eager")
     graph_backend: str = _arg(
@@ -137,6 +142,8 @@ class EngineArgs:
             raise ValueError(f"max_logprobs must be at least 0, or -1 for the whole vocabulary: {self.max_logprobs}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1]: {self.gpu_memory_utilization}")
+        if self.profiler_config is not None:
+            choose_profiler(self.profiler_config)
         choose_graphs(self)
         self.speculative_config = with_shorthands(
             self.speculative_config, method=self.spec_method, model=self.spec_model, num_drafts=self.spec_tokens

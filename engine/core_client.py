@@ -15,7 +15,7 @@ from .config import EngineArgs
 from .core_launch import LaunchedCore, launch_core
 from .errors import EngineDeadError
 from .heartbeat import watch
-from .messages import FRAME_HEADER_BYTES, CoreInfo, Failed, Start, Stop, Updates, frame, from_core_decoder
+from .messages import FRAME_HEADER_BYTES, Answer, CoreInfo, Failed, Start, Stop, Updates, frame, from_core_decoder
 
 STREAM_LIMIT_BYTES = 1 << 24
 
@@ -47,7 +47,7 @@ class CoreClient:
         if not self._writer.is_closing():
             self._writer.write(frame(message))
 
-    async def receive(self) -> CoreInfo | Updates:
+    async def receive(self) -> CoreInfo | Updates | Answer:
         """The next message; raises `EngineDeadError` once the core has failed or ended."""
         try:
             header = await self._reader.readexactly(FRAME_HEADER_BYTES)

@@ -26,11 +26,14 @@ from .messages import (
     FRAME_HEADER_BYTES,
     Abort,
     Add,
+    Answer,
     Failed,
+    Profile,
     ResetPrefixCache,
     Start,
     Stop,
     Updates,
+    Watch,
     frame,
     to_core_decoder,
 )
@@ -118,7 +121,11 @@ def _step_until_told(core: EngineCore, channel: CoreChannel, clock: StepClock) -
             elif isinstance(message, Abort):
                 updates += core.abort(message.request_ids)
             elif isinstance(message, ResetPrefixCache):
-                core.reset_prefix_cache()
+                channel.send(Answer(message.number, core.reset_prefix_cache()))
+            elif isinstance(message, Profile):
+                channel.send(_profile(core, message))
+            elif isinstance(message, Watch):
+                core.watch(message.wanted)
             elif isinstance(message, RequestUpdate):
                 updates.append(message)
             elif isinstance(message, Stop):
@@ -126,7 +133,15 @@ def _step_until_told(core: EngineCore, channel: CoreChannel, clock: StepClock) -
         if core.has_unfinished:
             with clock:
                 updates += core.step()
-        channel.send(Updates(updates, core.stats()))
+        channel.send(Updates(updates, core.stats(), core.take_load()))
+
+
+def _profile(core: EngineCore, message: Profile) -> Answer:
+    try:
+        core.profile(starts=message.starts)
+    except (RuntimeError, OSError) as error:
+        return Answer(message.number, error=str(error))
+    return Answer(message.number, done=True)
 
 
 def main(argv: list[str]) -> int:

@@ -19,7 +19,10 @@ from .core import EngineCore
 from .errors import EngineDeadError
 from .front import Front
 from .inputs import PromptType, as_prompt_list
+from .output_processor import RequestState
 from .outputs import RequestOutput
+
+_Inbox = deque[RequestOutput | Exception]
 
 
 class Engine:
@@ -44,11 +47,12 @@ class Engine:
         self._core = EngineCore.load(self.config)
         # Dropped or left to the interpreter's end, it must not leave a compiling process or its files behind.
         weakref.finalize(self, self._core.close)
+        weakref.finalize(self, self._front.close)
         self._inputs = self._front.input_processor(self._core.info.max_model_len)
         self._dead: EngineDeadError | None = None
         self._num_prompts = 0  # of generate and stream; their request ids count on from here
-        self._step_inbox: deque[RequestOutput] = deque()  # of the requests of add_request, for step to tell
-        self._inboxes: dict[str, deque[RequestOutput]] = {}  # by request key: where its outputs go
+        self._step_inbox: _Inbox = deque()  # of the requests of add_request, for step to tell
+        self._inboxes: dict[str, _Inbox] = {}  # by request key: where its outputs go
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> Engine:
@@ -85,9 +89,17 @@ class Engine:
         self._submit(request_id, prompt, params or self.get_default_sampling_params(), priority, self._step_inbox)
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; returns what is new of the requests of `add_request`."""
+        """Run one step; returns what is new of the requests of `add_request`.
+
+        Raises ValueError or `RequestFailedError` where one of them cannot go on, such as one whose grammar proves too
+        costly; the others' outputs come with the next call.
+        """
         self._step()
-        outputs = list(self._step_inbox)
+        failure = next((item for item in self._step_inbox if isinstance(item, Exception)), None)
+        if failure is not None:
+            self._step_inbox.remove(failure)
+            raise failure
+        outputs = [item for item in self._step_inbox if isinstance(item, RequestOutput)]
         self._step_inbox.clear()
         return outputs
 
@@ -147,6 +159,7 @@ class Engine:
     def close(self) -> None:
         """Finish the steps in flight and end what works in the background, such as the compiling of graphs."""
         self._core.close()
+        self._front.close()
         self._dead = EngineDeadError("the engine was closed")
 
     def check_integrity(self) -> None:
@@ -156,7 +169,7 @@ class Engine:
     def _run(self, requests: Sequence[tuple[PromptType, SamplingParams, int]]) -> Iterator[RequestOutput]:
         """Outputs of these requests and no others. Their ids are the next numbers from `_num_prompts` on."""
         self._check_alive()
-        inbox: deque[RequestOutput] = deque()
+        inbox: _Inbox = deque()
         ids = [str(self._num_prompts + index) for index in range(len(requests))]
         self._num_prompts += len(requests)
         keys: dict[str, None] = {}
@@ -167,6 +180,8 @@ class Engine:
             while num_unfinished:
                 while inbox:
                     output = inbox.popleft()
+                    if isinstance(output, Exception):
+                        raise output
                     num_unfinished -= output.finished
                     yield output
                 if num_unfinished:
@@ -175,11 +190,12 @@ class Engine:
             for key in keys:
                 self._forget(key)
 
-    def _submit(
-        self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int, inbox: deque[RequestOutput]
-    ) -> str:
-        request = self._inputs.process(request_id, self._front.read_chat(prompt), params, priority=priority)
-        self._front.outputs.add(request)
+    def _submit(self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int, inbox: _Inbox) -> str:
+        grammar = self._front.check_grammar(params)
+        request = self._inputs.process(
+            request_id, self._front.read_chat(prompt), params, priority=priority, grammar=grammar
+        )
+        self._front.outputs.add(RequestState(request, self._front.tokenizer))
         self._inboxes[request.key] = inbox
         for core_request in request.core_requests:
             refusal = self._core.add(core_request)
@@ -209,6 +225,10 @@ class Engine:
     def _take(self, updates: Sequence[RequestUpdate]) -> None:
         result = self._front.outputs.process(updates)
         self._core.abort(result.core_ids_to_abort)
+        for state, failure in result.failures:
+            inbox = self._inboxes.pop(state.key, None)
+            if inbox is not None:
+                inbox.append(failure)
         for state, output in result.outputs:
             inbox = self._inboxes.get(state.key)
             if inbox is not None:

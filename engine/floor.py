@@ -236,7 +236,7 @@ def _layers_cost(
         weight_bytes += size * (attention.elements + norms + mlp.elements)
         flops += 2 * num_tokens * (attention.multiplied + mlp.multiplied)
         flops += num_requests * _attention_flops(config, context_len, tokens_per_request, attended)
-        if config.mla is not None and config.indexer is not None:
+        if config.mla is not None and config.indexer is not None and layer not in config.indexer.sharing_layers:
             indexing = _indexer_cost(config, config.mla, config.indexer, context_len, tokens_per_request, size)
             weight_bytes += indexing.weight_bytes
             flops += num_requests * indexing.flops_per_request
@@ -294,7 +294,7 @@ class _IndexerCost:
 def _indexer_cost(
     config: ModelConfig, mla: MLAConfig, indexer: IndexerConfig, context_len: float, num_tokens: int, size: int
 ) -> _IndexerCost:
-    """Of one layer of sparse attention: keys are always computed, scores where there is anything to leave out. Its norm
+    """Of one layer with an indexer: keys are always computed, scores where there is anything to leave out. Its norm
     and the weights of its heads are float32 whatever the model's dtype."""
     heads, dim = indexer.num_heads, indexer.head_dim
     keys = config.hidden_size * dim
@@ -367,7 +367,9 @@ def _kv_bytes(config: ModelConfig, layers: range, context_len: float, num_tokens
             window = _window(config, layer)
             read = context_len if window is None else min(context_len, window - 1)
             elements += per_layer * (read + num_tokens)
-            if config.indexer is not None:  # whose keys are read all or not at all
+            if (
+                config.indexer is not None and layer not in config.indexer.sharing_layers
+            ):  # whose keys are read all or not at all
                 all_keys = context_len if _selects(config.indexer, context_len, num_tokens) else 0
                 elements += config.indexer.head_dim * (all_keys - read)
     return elements * DTYPE_BYTES[kv_dtype]

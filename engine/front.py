@@ -15,6 +15,8 @@ from .config import EngineConfig
 from .input_processor import InputProcessor
 from .inputs import is_conversation
 from .output_processor import OutputProcessor
+from .structured.checker import GrammarChecker
+from .structured.worker import WorkerJob
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,12 @@ class Front:
         # Operators have one or two templates; each is compiled once.
         self._compile_template = lru_cache(maxsize=8)(self._compile_template)
         self.outputs = OutputProcessor(self.tokenizer)
+        self.grammars: GrammarChecker | None = None
+        if config.tokenizer_path is not None:
+            model = config.model
+            self.grammars = GrammarChecker(
+                WorkerJob(str(config.tokenizer_path), model.vocab_size, list(model.eos_token_ids))
+            )
 
     def input_processor(self, max_model_len: int) -> InputProcessor:
         """Made once the core has said how long a sequence may be."""
@@ -56,6 +64,22 @@ class Front:
     def default_sampling_params(self) -> SamplingParams:
         """What a request without parameters gets: the model's generation_config.json over the plain defaults."""
         return SamplingParams.from_optional(**self.config.sampling_defaults)
+
+    def check_grammar(self, params: SamplingParams) -> str | None:
+        """The grammar of a request's constraint, None if it has none; raises `ValidationError`. May wait for it."""
+        if params.structured_outputs is None:
+            return None
+        if self.grammars is None:
+            raise ValidationError(
+                "structured_outputs needs a tokenizer, but this engine was started without one",
+                parameter="structured_outputs",
+            )
+        return self.grammars.check(params.structured_outputs)
+
+    def close(self) -> None:
+        """End what works in the background."""
+        if self.grammars is not None:
+            self.grammars.close()
 
     def _compile_template(self, source: str) -> ChatTemplate:
         assert self.tokenizer is not None

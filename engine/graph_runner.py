@@ -107,6 +107,8 @@ class GraphRunner:
         self.num_replayed: Counter[GraphKey] = Counter()
         self.num_eager = 0
         self.lengths: list[int] = []  # as in `decode_context`, of the step being launched, where it was told
+        self.graphs_take_lengths = False  # set by backends whose graphs must be told them
+        self.last_gear = 0  # of the last step; 0: it ran without a graph
         self.kernels: threading.Thread | None = None  # that builds the ops' faster bodies, if they are not there yet
         self._ready: dict[GraphKey, Graph] = {}
         self._padded = np.full(0, self.null_row, np.int64)
@@ -188,6 +190,12 @@ class GraphRunner:
         if self.backend is not None:
             self.backend.close()
 
+    def takes_lengths(self, num_requests: int, sampler: str, num_drafts: int) -> bool:
+        """Whether `replay` must be told the lengths of such a step, on an NPU, where attention takes numbers: unless the
+        step's graph reads them from tensors."""
+        key = self.key_for(num_requests, sampler, num_drafts)
+        return self.graphs_take_lengths or key is None or key not in self._ready
+
     def replay(
         self, sampler: str, rows: np.ndarray, num_blocks: int, num_drafts: int = 0, lengths: list[int] | None = None
     ) -> Tensor:
@@ -204,6 +212,7 @@ class GraphRunner:
             if key is not None and self.backend is not None:
                 self.backend.demand(key)
             self.num_eager += sampler != DRAFT
+            self.last_gear = 0
             return self.run_eager(sampler, rows, num_blocks, num_drafts, lengths)
         padded = self._padded[: key.num_requests]
         padded[:count] = rows
@@ -212,6 +221,7 @@ class GraphRunner:
         if lengths is not None:
             self.lengths = lengths + [key.tokens_per_request] * (key.num_requests - count)
         self.num_replayed[key] += 1
+        self.last_gear = key.num_requests
         return graph()[: count * (key.tokens_per_request if sampler == "split" else 1)]
 
     def run_eager(

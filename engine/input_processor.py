@@ -61,9 +61,16 @@ class InputProcessor:
         self._num_requests = 0
 
     def process(
-        self, request_id: str, prompt: PromptType, params: SamplingParams, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt: PromptType,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        grammar: str | None = None,
     ) -> ProcessedRequest:
-        """Check, tokenize and complete one request; raises `ValidationError`."""
+        """Check, tokenize and complete one request; raises `ValidationError`. `grammar` is what its
+        `structured_outputs` have been compiled to."""
         text, token_ids, cache_salt = self._read_prompt(prompt)
         if isinstance(priority, bool) or not isinstance(priority, int) or not INT64_MIN <= priority <= INT64_MAX:
             raise ValidationError("priority must be a 64-bit integer", parameter="priority", value=priority)
@@ -76,6 +83,7 @@ class InputProcessor:
         if self.tokenizer is None and (params.stop_strings or params.bad_words):
             name = "stop" if params.stop_strings else "bad_words"
             raise ValidationError(f"{name} needs a tokenizer, but this engine was started without one", parameter=name)
+        self._check_thinking(params)
         params = self._complete(params, len(token_ids))
         bad_words = self._bad_word_ids(params.bad_words or [])
         self._check_choice(params, bad_words)
@@ -91,6 +99,7 @@ class InputProcessor:
                 arrival_time=now,
                 priority=priority,
                 cache_salt=cache_salt,
+                grammar=grammar,
             )
             for index in range(params.n)
         ]
@@ -215,6 +224,24 @@ class InputProcessor:
             seed=seed,
             stop_token_ids=stop_token_ids,
         )
+
+    def _check_thinking(self, params: SamplingParams) -> None:
+        """Refuse a thinking budget where nobody knows what a thought is."""
+        if params.thinking_token_budget is not None and params.reasoning is None:
+            raise ValidationError(
+                "thinking_token_budget needs to know where reasoning ends: start the server with --reasoning-parser, "
+                "or set reasoning",
+                parameter="thinking_token_budget",
+                value=params.thinking_token_budget,
+            )
+        span = params.reasoning
+        if span is None:
+            return
+        if self.tokenizer is None:
+            raise ValidationError("reasoning needs a tokenizer, but this engine was started without one",
+                                  parameter="reasoning")  # fmt: skip
+        if not span.ends or not all(map(is_text, (*span.ends, *span.starts, *span.barred))) or "" in span.ends:
+            raise ValidationError("reasoning.ends must hold texts, none empty", parameter="reasoning", value=span.ends)
 
     def _check_choice(self, params: SamplingParams, bad_words: list[list[int]]) -> None:
         """Refuse allowed_token_ids of which other parameters leave nothing."""

@@ -8,6 +8,7 @@ import msgspec
 
 from ..scheduler.request import RequestInput, RequestUpdate
 from ..scheduler.scheduler import SchedulerStats
+from .load import CoreLoad
 from .phases import Phase
 
 FRAME_HEADER_BYTES = 4  # length of the message that follows, little-endian
@@ -28,7 +29,22 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
-    pass
+    """Answered by an `Answer` with the same number, as `Profile` is."""
+
+    number: int
+
+
+class Profile(msgspec.Struct, frozen=True, tag=True):
+    """Start to profile the steps, or stop and write down what was seen."""
+
+    number: int
+    starts: bool
+
+
+class Watch(msgspec.Struct, frozen=True, tag=True):
+    """From here on tell of every step, or stop telling."""
+
+    wanted: bool
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -42,6 +58,7 @@ class CoreInfo(msgspec.Struct, frozen=True, tag=True):
     num_blocks: int
     block_size: int
     phases: list[Phase] = []
+    gears: list[int] = []
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -55,10 +72,19 @@ class Updates(msgspec.Struct, frozen=True, tag=True):
 
     updates: list[RequestUpdate]
     stats: SchedulerStats
+    load: CoreLoad | None = None  # while the core is watched
 
 
-ToCore = Union[Start, Add, Abort, ResetPrefixCache, Stop]  # noqa: UP007  (evaluated on Python 3.10 too)
-FromCore = Union[CoreInfo, Failed, Updates]  # noqa: UP007
+class Answer(msgspec.Struct, frozen=True, tag=True):
+    """To the question of this number: whether it was done, or the error that kept it from being done."""
+
+    number: int
+    done: bool = False
+    error: str | None = None
+
+
+ToCore = Union[Start, Add, Abort, ResetPrefixCache, Profile, Watch, Stop]  # noqa: UP007  (evaluated on Python 3.10 too)
+FromCore = Union[CoreInfo, Failed, Updates, Answer]  # noqa: UP007
 
 _encoder = msgspec.msgpack.Encoder()
 to_core_decoder = msgspec.msgpack.Decoder(ToCore)

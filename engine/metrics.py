@@ -90,6 +90,10 @@ class EngineMetrics:
         self._cached_tokens = make.counter("prompt_tokens_cached", "Prompt tokens found in the prefix cache.")
         by_source = make.counters("prompt_tokens_by_source", "Prompt tokens by where they came from.", "source")
         self._computed_source, self._cached_source = by_source("local_compute"), by_source("local_cache_hit")
+        cached_by_source = make.counters(
+            "prompt_tokens_cached_by_source", "Cached prompt tokens by where they were cached.", "source"
+        )
+        self._cached_by_local = cached_by_source("local_cache_hit")
         finished = make.counters("request_success", "Finished requests by reason.", "finished_reason")
         self._finished = {reason: finished(reason) for reason in FINISHED_REASONS}
         self._counters = {
@@ -205,6 +209,7 @@ class EngineMetrics:
             self._first_token.observe(now - sequence.arrival_time)
             self._cached_tokens.inc(sequence.num_cached_tokens)
             self._cached_source.inc(sequence.num_cached_tokens)
+            self._cached_by_local.inc(sequence.num_cached_tokens)
             self._computed_source.inc(sequence.num_prompt_tokens - sequence.num_cached_tokens)
             sequence.num_tokens = 1
             count -= 1

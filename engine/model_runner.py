@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from ..models.forward_context import ForwardContext
+from ..ops.sampling import apply_token_bitmask
 from ..scheduler.plan import NewRow, StepOutput, StepPlan, TokenLogprobs
+from .constrained_rows import ConstrainedRows, StepMasks
 from .decode_step import DRAFT, Decoder, draft
 from .draft_buffers import Drafting
 from .drafting import StepTokens
 from .graph_runner import GraphRunner
 from .row_state import RowTable, commit_tokens, decode_context, table_width
 from .sampler import Sampled, Sampler, gather_logprobs
+from .structured.store import GrammarStore
 from .verification import accept_equal, draft_window, verify, window_ids
 
 # Prompt positions whose logits are held at once: 256 x 150k x 4 bytes = 150 MB.
@@ -72,11 +75,12 @@ class DispatchedStep:
     def __init__(self, plan: StepPlan, entries: Sequence[int]) -> None:
         self.plan = plan
         self.entries = entries  # those that sample; first those that decode
-        self.rows: list[NewRow] = []  # whose rows those are; told only where the sampler keeps histories
+        self.rows: list[NewRow] = []  # whose rows those are; told only where some row's tokens must be known here
         self.sampled: Sampled | None = None  # where log probabilities may be asked for
         self.read_tokens: Callable[[], list[int]] | None = None  # waits for what `verify` says of each entry
         self.prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         self.seconds: Callable[[], float] = float  # that the device took; waits for it
+        self.gear = 0  # of its graph; 0: it runs without one
         self.output: StepOutput | None = None
 
 
@@ -100,6 +104,7 @@ class ModelRunner:
         device: torch.device,
         logprobs_mode: str = "raw_logprobs",
         drafting: Drafting | None = None,
+        grammars: GrammarStore | None = None,
     ) -> None:
         self.model = model
         self.caches = caches
@@ -114,6 +119,7 @@ class ModelRunner:
         self.rows: dict[int, NewRow] = {}
         self._reporting: set[int] = set()  # rows whose prompt logprobs are asked for
         self.sampler = Sampler(max_num_seqs, vocab_size, device, logprobs_mode)
+        self.constraints = ConstrainedRows(grammars, device)
         self.graphs = GraphRunner(model, self.table.state, caches, self.drafting)
         self._unread: deque[DispatchedStep] = deque()
 
@@ -134,7 +140,7 @@ class ModelRunner:
         step.seconds = timer.stop()
         if entries:
             step.read_tokens = self._begin_copy(tokens)
-        if self.sampler.reads_history:
+        if self.sampler.reads_history or self.constraints:
             step.rows = [self.rows[plan.rows[entry]] for entry in step.entries]
         self._unread.append(step)
         return step
@@ -148,11 +154,17 @@ class ModelRunner:
         assert step.output is not None
         return step.output
 
+    def close(self) -> None:
+        """Stop whatever goes on in the background."""
+        self.constraints.close()
+        self.graphs.close()
+
     def _settle(self, step: DispatchedStep) -> None:
         plan = step.plan
         token_ids: list[list[int]] = [[] for _ in plan.rows]
         num_drafts: list[int] = []
         logprobs: dict[int, list[TokenLogprobs]] = {}
+        failures: dict[int, str] = {}
         if step.read_tokens is not None:
             flat = step.read_tokens()
             start = 0
@@ -168,13 +180,18 @@ class ModelRunner:
             for entry, new in zip(step.entries, step.rows, strict=False):
                 if self.rows.get(new.row) is new:  # nobody else has the row by now
                     self.sampler.append_history(new.row, token_ids[entry])
+                    failure = self.constraints.accept(new.row, token_ids[entry])
+                    if failure is not None:
+                        failures[entry] = failure
         if step.sampled is not None and (found := step.sampled.read_logprobs()):
             index = 0  # of the entry's first row of logits
             for entry in step.entries:
                 if index in found:
                     logprobs[entry] = [found[index + place] for place in range(len(token_ids[entry]))]
                 index += 1 + (plan.num_drafts if entry < plan.num_decode else 0)
-        step.output = StepOutput(plan.step, token_ids, logprobs, step.prompt_logprobs, num_drafts, step.seconds())
+        step.output = StepOutput(
+            plan.step, token_ids, logprobs, step.prompt_logprobs, num_drafts, step.seconds(), failures, step.gear
+        )
 
     def _begin_copy(self, token_ids: Tensor) -> Callable[[], list[int]]:
         """Start bringing tokens (int64) to the host, flat. The result waits for them, and not for a step that has been
@@ -198,10 +215,12 @@ class ModelRunner:
             del self.rows[row]
             self._reporting.discard(row)
             self.sampler.remove_row(row)
+            self.constraints.remove_row(row)
         for new in plan.new_rows:
             self.rows[new.row] = new
             self.prompts[new.row, : len(new.token_ids)] = new.token_ids
             self.sampler.add_row(new)
+            self.constraints.add_row(new)
             if new.params.prompt_logprobs is not None:
                 self._reporting.add(new.row)
             if self.drafting is not None:
@@ -214,15 +233,18 @@ class ModelRunner:
         """A step in which every row decodes: the step the graphs hold. Returns what `verify` gives the host."""
         kind = self.sampler.kind_of(rows)
         num_blocks = int(self.table.num_blocks[rows].max())
-        lengths = self._lengths(plan, rows)
-        replay = self.graphs.replay if lengths is None else partial(self.graphs.replay, lengths=lengths)
+        replay = self.graphs.replay
+        if self.device.type == "npu" and self.graphs.takes_lengths(len(rows), kind, plan.num_drafts):
+            replay = partial(replay, lengths=self._lengths(plan, rows))
+        masks = self._begin_masks(rows, plan.num_drafts, rows[:0])
         output = replay(kind, rows, num_blocks, plan.num_drafts)
+        step.gear = self.graphs.last_gear
         if kind != "split":
             return output
         state, index = self.table.state, self._to_device(rows)
         context = decode_context(state, index, state.position[index], 1 + plan.num_drafts, self.block_size)
         drafts = draft_window(state, index, context, plan.num_drafts, self.block_size)
-        step.sampled = self._sample(output, rows.repeat(1 + plan.num_drafts), context.positions + 1, drafts)
+        step.sampled = self._sample(output, rows.repeat(1 + plan.num_drafts), context.positions + 1, drafts, masks)
         tokens, accepted = self._verify(rows, index, drafts, step.sampled.token_ids)
         if self.drafting is not None:
             handoff = self.drafting.handoff
@@ -232,11 +254,9 @@ class ModelRunner:
             replay(DRAFT, rows, num_blocks, plan.num_drafts)
         return tokens
 
-    def _lengths(self, plan: StepPlan, rows: np.ndarray) -> list[int] | None:
-        """Of the requests that decode, as in `decode_context`; None where the device's attention reads tensors. With
-        drafts only the device knows how many were accepted, so this waits for the last step."""
-        if self.device.type != "npu":
-            return None
+    def _lengths(self, plan: StepPlan, rows: np.ndarray) -> list[int]:
+        """Of the requests that decode, as in `decode_context`. With drafts only the device knows how many were
+        accepted, so this waits for the last step."""
         decoding = rows[: plan.num_decode]
         if self.drafting is None:
             return [computed + 1 for computed in plan.num_computed[: plan.num_decode]]
@@ -250,16 +270,17 @@ class ModelRunner:
         context, num_decode = inputs.context, plan.num_decode
         drafting, state = self.drafting, self.table.state
         caches = self.caches if drafting is None else self.caches[: len(self.caches) - drafting.drafter.num_caches]
+        sampling_rows = rows[list(step.entries[num_decode:])]
+        masks = self._begin_masks(rows[:num_decode], plan.num_drafts, sampling_rows)
         hidden = self.model.forward(inputs.input_ids, context, caches)
         step.prompt_logprobs = self._prompt_logprobs(plan, hidden)
         decoded = torch.arange(context.num_decode_tokens, device=self.device)
         index = torch.cat((decoded, inputs.chunk_ends))
         tokens, last = decoded, inputs.chunk_ends
         if step.entries:
-            sampling_rows = rows[step.entries[num_decode:]]
             logit_rows = np.concatenate((rows[:num_decode].repeat(1 + plan.num_drafts), sampling_rows))
             logits = self.model.logits(hidden[index])
-            sampled = self._sample(logits, logit_rows, context.positions[index] + 1, inputs.drafts)
+            sampled = self._sample(logits, logit_rows, context.positions[index] + 1, inputs.drafts, masks)
             step.sampled = sampled
             tokens = sampled.token_ids[context.num_decode_tokens :]  # of the chunks
             commit_tokens(state, inputs.chunk_rows, tokens)
@@ -298,9 +319,21 @@ class ModelRunner:
         state, memory = self.table.state, drafting.memory
         draft(drafting.drafter, tokens, state, self.caches, memory, plan.num_drafts, "gumbel")
 
-    def _sample(self, logits: Tensor, rows: np.ndarray, positions: Tensor, drafts: Tensor) -> Sampled:
-        while self._unread and self.sampler.reads_history:
+    def _begin_masks(self, decode_rows: np.ndarray, num_drafts: int, chunk_rows: np.ndarray) -> StepMasks | None:
+        """The masks of the step that is about to be computed, None for none; see `ConstrainedRows.begin`."""
+        is_settled = not self._unread
+        return self.constraints.begin(self.table.state, decode_rows, num_drafts, chunk_rows, is_settled=is_settled)
+
+    def _sample(
+        self, logits: Tensor, rows: np.ndarray, positions: Tensor, drafts: Tensor, masks: StepMasks | None
+    ) -> Sampled:
+        """As `Sampler.sample`. Where a row's next token depends on those before it, this waits for them, with the
+        forward under way."""
+        while self._unread and (masks is not None or self.sampler.reads_history):
             self._settle(self._unread.popleft())
+        if masks is not None:
+            masked_rows, bitmask = (self._to_device(part) for part in masks.result())
+            apply_token_bitmask(logits, masked_rows, bitmask)
         return self.sampler.sample(logits, rows, positions, drafts)
 
     def _verify(self, rows: np.ndarray, index: Tensor, drafts: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,7 +346,7 @@ class ModelRunner:
     def _step_input(self, plan: StepPlan, rows: np.ndarray) -> StepInput:
         """The requests that decode, from the rows' state; the chunks, from what the host knows."""
         num_decode, tokens_per_request = plan.num_decode, 1 + plan.num_drafts
-        lengths = self._lengths(plan, rows)
+        lengths = self._lengths(plan, rows) if self.device.type == "npu" else None
         width = int(self.table.num_blocks[rows].max())
         if lengths is not None and plan.num_drafts:
             width = min(width + 1, self.table.block_table.shape[1])  # as in `GraphRunner.run_eager`

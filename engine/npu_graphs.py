@@ -179,6 +179,7 @@ class NpugraphExGraphs(NpuGraphs):
     @torch.inference_mode()
     def make(self, runner: GraphRunner, key: GraphKey) -> tuple[Callable[[], Tensor], bool]:
         inputs = runner.inputs(key)
+        runner.graphs_take_lengths = True
         run = torch.compile(
             gear_function(runner.program(key), key),
             backend="npugraph_ex",

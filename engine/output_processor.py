@@ -219,12 +219,10 @@ class OutputProcessor:
         self.requests: dict[str, RequestState] = {}
         self._by_core_id: dict[str, tuple[RequestState, _Sequence]] = {}
 
-    def add(self, request: ProcessedRequest) -> RequestState:
-        state = RequestState(request, self.tokenizer)
+    def add(self, state: RequestState) -> None:
         self.requests[state.key] = state
         for sequence in state.sequences:
             self._by_core_id[sequence.core_id] = (state, sequence)
-        return state
 
     def remove(self, key: str) -> list[str]:
         """Forget a request; returns the core ids that are still being computed and so must be aborted."""

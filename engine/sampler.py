@@ -88,7 +88,7 @@ class Sampler:
             self.top_k[row] < self.vocab_size or self.top_p[row] < 1 or self.min_p[row] > 0
         )
         plain = "greedy" if params.is_greedy else "gumbel"
-        needs_logits = truncates or extras is not None or count is not None
+        needs_logits = truncates or extras is not None or count is not None or params.is_constrained
         self.kind[row] = SAMPLERS.index("split" if needs_logits else plain)
 
     def remove_row(self, row: int) -> None:
@@ -121,7 +121,7 @@ class Sampler:
             extras.allowed = torch.tensor(params.allowed_token_ids, dtype=torch.int64, device=self.device)
             needed = True
         ending = [*new.eos_token_ids, *(params.stop_token_ids or ())]
-        if params.min_tokens > 0 and ending:
+        if params.min_tokens > 0 and ending and new.grammar is None:  # a grammar may leave nothing but the end
             extras.min_length = new.num_prompt_tokens + params.min_tokens
             extras.ending = torch.tensor(ending, dtype=torch.int64, device=self.device)
             needed = True

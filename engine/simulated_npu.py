@@ -12,6 +12,6 @@ def load_simulated_npu() -> None:
         build.load()
     except build.SimulatorUnavailable as error:
         raise ValueError(
-            "graph lower needs torch-npu, gcc and nm; install gcc and binutils, and in an environment of its own "
+            "the simulated NPU needs torch-npu, gcc and nm; install gcc and binutils, and in an environment of its own "
             f"omni-engine[npu]: {error}"
         ) from error

@@ -29,6 +29,7 @@ from .graph_startup import GraphShape, start_graphs
 from .model_runner import ModelRunner
 from .npu_limits import for_npu, most_blocks
 from .phases import PhaseTimer
+from .structured.store import GrammarStore
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30
@@ -47,6 +48,7 @@ class CoreParts:
     runner: ModelRunner
     max_model_len: int
     num_blocks: int
+    grammars: GrammarStore
 
 
 def load_core_parts(
@@ -90,6 +92,7 @@ def load_core_parts(
         max_num_queued_tokens=config.args.max_num_queued_tokens,
     )
     parts = allocate_kv_tensors(spec, budget.num_blocks, budget.block_size, device)
+    grammars = GrammarStore(config.tokenizer_path, config.model.vocab_size, config.model.eos_token_ids)
     runner = ModelRunner(
         models.decoder,
         parts,
@@ -100,13 +103,15 @@ def load_core_parts(
         device=device,
         logprobs_mode=config.args.logprobs_mode,
         drafting=make_drafting(config, models.drafter, max_num_seqs, budget.max_model_len, device, acceptance_rates),
+        grammars=grammars,
     )
     timer.done("KV cache", budget.kv_bytes)
     shape = GraphShape(budget.num_blocks, max_num_seqs, budget.max_model_len)
     start_graphs(config, models, runner.graphs, shape, acceptance_rates)
     timer.done("graphs")
     depth = None if config.speculation is None else DraftDepth(config.speculation.choice.depths)
-    return CoreParts(Scheduler(scheduler_config, manager, depth), runner, budget.max_model_len, budget.num_blocks)
+    scheduler = Scheduler(scheduler_config, manager, depth)
+    return CoreParts(scheduler, runner, budget.max_model_len, budget.num_blocks, grammars)
 
 
 def resolve_device(name: str) -> torch.device:

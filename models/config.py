@@ -46,6 +46,7 @@ class IndexerConfig:
     topk: int  # tokens that a token attends to
     interleaved: bool  # rotated pairs (0,1),(2,3)… instead of halves
     norm_eps: float = 1e-6  # of the norm on the keys: fixed in the published code
+    sharing_layers: frozenset[int] = frozenset()  # have none of their own: what the layer before attends to (GLM-5.2)
 
 
 @dataclass(frozen=True)

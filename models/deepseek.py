@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .layers.decoder import CausalDecoder, DecoderLayer
-from .layers.dsa import SparseMLAAttention
+from .layers.dsa import SharingMLAAttention, SparseMLAAttention
 from .layers.mla import MLAAttention
 from .layers.mlp import GatedMLP
 from .layers.moe import MoE
@@ -19,9 +19,9 @@ class DeepseekV2ForCausalLM(CausalDecoder):
             mlp = MoE(config.hidden_size, config.moe, placement, bias=config.mlp_bias)
         else:
             mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement, bias=config.mlp_bias)
-        return DecoderLayer(config, self.build_attention(placement), mlp, placement)
+        return DecoderLayer(config, self.build_attention(index, placement), mlp, placement)
 
-    def build_attention(self, placement: Placement) -> MLAAttention:
+    def build_attention(self, index: int, placement: Placement) -> MLAAttention:
         config = self.config
         if config.mla is None:
             raise ValueError(f"{config.architecture} needs latent attention in its config (kv_lora_rank): None")
@@ -35,8 +35,10 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
 class DeepseekV32ForCausalLM(DeepseekV3ForCausalLM):
     """DeepSeek-V3.2 (arXiv:2512.02556): V3 with sparse attention, an indexer of its own in every layer."""
 
-    def build_attention(self, placement: Placement) -> MLAAttention:
+    def build_attention(self, index: int, placement: Placement) -> MLAAttention:
         config = self.config
         if config.mla is None or config.indexer is None:
             raise ValueError(f"{config.architecture} needs an indexer in its config (index_topk): None")
+        if index in config.indexer.sharing_layers:
+            return SharingMLAAttention(config, config.mla, placement)
         return SparseMLAAttention(config, config.mla, config.indexer, placement)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ class ForwardContext:
     prefill_context_lens: tuple[int, ...] = ()  # their context_lens, on the host
     tokens_per_request: int = 1  # of those that decode
     decode_lengths: list[int] | None = None  # context_lens of those that decode, where attention takes numbers
+    handed_on: dict[str, Any] = field(default_factory=dict)  # by a layer to later ones of the same forward
 
     @property
     def num_decode_tokens(self) -> int:

@@ -62,6 +62,17 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     return -torch.log(exponential)
 
 
+def apply_token_bitmask(logits: Tensor, rows: Tensor, bitmask: Tensor) -> None:
+    """-inf for every token whose bit is not set, in place, in some rows.
+
+    logits: float32 [n, vocab], mutated; rows: int64 [m]; bitmask: int32 [m, ceil(vocab / 32)], one bit per token, the
+    lowest bit first.
+    """
+    shifts = torch.arange(32, dtype=torch.int32, device=logits.device)
+    allowed = ((bitmask.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, : logits.shape[-1]].to(torch.bool)
+    logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+
+
 def mask_min_p(logits: Tensor, min_p: Tensor) -> Tensor:
     """-inf where the probability is under min_p times the row's highest.
 

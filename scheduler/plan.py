@@ -27,6 +27,7 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     eos_token_ids: list[int]  # ids that end a sequence, masked until min_tokens is reached
     bad_words_token_ids: list[list[int]]
     prompt_logprobs_start: int  # prompt positions before this one have been reported already
+    grammar: str | None = None  # of `params.structured_outputs`, in the grammar library's format
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -66,3 +67,5 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # entry -> one item per prompt position newly reported
     num_drafts: list[int] = []  # per entry that decodes: drafts that were there to be verified; none without drafts
     seconds: float = 0.0  # the step took on the device
+    failures: dict[int, str] = {}  # entry -> why its request cannot go on; its tokens mean nothing
+    gear: int = 0  # requests that its graph has room for; 0: it ran without a graph

@@ -22,6 +22,7 @@ class RequestInput(msgspec.Struct, frozen=True):
     arrival_time: float = 0.0  # seconds, time.monotonic() (comparable between processes of one host)
     priority: int = 0  # lower is sooner; used under the "priority" policy only
     cache_salt: str | None = None  # requests share prefix blocks only with requests of the same salt
+    grammar: str | None = None  # of `params.structured_outputs`, checked, in the grammar library's format
 
 
 class RequestStatus(IntEnum):

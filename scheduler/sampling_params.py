@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from .structured_outputs import ReasoningSpan, StructuredOutputsParams
+
 
 def _read_max_num_sequences() -> int:
     """Under vLLM's name for the same limit; raises ValueError."""
@@ -105,11 +107,16 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     skip_reading_prefix_cache: bool | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    thinking_token_budget: int | None = None  # most tokens of reasoning, then it is ended; None or -1: no limit
+    reasoning: ReasoningSpan | None = None  # the answer begins with reasoning; a server's reasoning parser says so
 
     def __post_init__(self) -> None:
         self._check_types()
         if self.seed == -1:
             self.seed = None
+        if self.thinking_token_budget == -1:
+            self.thinking_token_budget = None
         if 0 < self.temperature < MIN_TEMPERATURE and self.temperature >= GREEDY_TEMPERATURE:
             self.temperature = MIN_TEMPERATURE
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
@@ -154,6 +161,13 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether each token is chosen from a mask that the host makes of the tokens before it."""
+        return self.structured_outputs is not None or (
+            self.thinking_token_budget is not None and self.reasoning is not None
+        )
 
     @property
     def has_penalties(self) -> bool:
@@ -216,6 +230,13 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
         _check_list("stop_token_ids", self.stop_token_ids, int)
         _check_list("bad_words", self.bad_words, str)
         _check_list("allowed_token_ids", self.allowed_token_ids, int)
+        if isinstance(self.structured_outputs, Mapping):
+            self.structured_outputs = _structured_outputs(self.structured_outputs)
+        for name, kind in (("structured_outputs", StructuredOutputsParams), ("reasoning", ReasoningSpan)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ValidationError(f"{name} must be {kind.__name__}, got {_short(value)}.", parameter=name,
+                                      value=value)  # fmt: skip
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise ValidationError("logit_bias must be a dict of token id to bias", parameter="logit_bias")
@@ -291,6 +312,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
             "bad_words",
             len(bad_words),
         )
+        if self.thinking_token_budget is not None:
+            value = self.thinking_token_budget
+            _require(value >= 0, f"thinking_token_budget must be at least 0, or -1 for none, got {value}.",
+                     "thinking_token_budget", value)  # fmt: skip
         if self.allowed_token_ids is not None:
             _require(len(self.allowed_token_ids) > 0, "allowed_token_ids must not be empty.", "allowed_token_ids", [])
 
@@ -298,8 +323,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, dict=Fals
 _NONE_HAS_MEANING = frozenset({"max_tokens", "seed", "logprobs", "prompt_logprobs"})
 _INT_FIELDS = (
     "n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens",
+    "thinking_token_budget",
 )  # fmt: skip
-_OPTIONAL_INTS = frozenset({"seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"})
+_OPTIONAL_INTS = frozenset(
+    {"seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens", "thinking_token_budget"}
+)
 _BOOL_FIELDS = (
     "include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
     "skip_reading_prefix_cache",
@@ -326,6 +354,18 @@ def _check_list(name: str, values: Any, item_type: type) -> None:
             raise ValidationError(
                 f"{name} must contain only valid {kind}, got {_short(value)}.", parameter=name, value=value
             )
+
+
+def _structured_outputs(fields: Mapping[str, Any]) -> StructuredOutputsParams:
+    unknown = set(fields) - set(StructuredOutputsParams.__struct_fields__)
+    if unknown:
+        raise ValidationError(
+            f"structured_outputs has no fields {', '.join(sorted(map(str, unknown)))}", parameter="structured_outputs"
+        )
+    try:
+        return StructuredOutputsParams(**fields)
+    except ValueError as error:
+        raise ValidationError(str(error), parameter="structured_outputs") from error
 
 
 def _is_finite(value: float) -> bool:

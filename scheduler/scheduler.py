@@ -120,6 +120,7 @@ class Scheduler:
             self.draft_depth.observe(num_decode, num_drafts, seconds, sum(map(len, output.token_ids)))
         updates: list[RequestUpdate] = []
         ended: list[Request] = []
+        failed: list[tuple[Request, str]] = []
         for entry, tokens in enumerate(output.token_ids):
             request = requests[entry]
             if request.status is finished:
@@ -132,6 +133,9 @@ class Scheduler:
                     request.num_ahead -= num_drafts
                     if request.status is running:
                         request.num_computed += len(tokens) - 1
+            if output.failures and entry in output.failures:
+                failed.append((request, output.failures[entry]))
+                continue
             end_token_ids, limit = request.end_token_ids, request.length_limit
             ending = None
             for token_id in tokens:
@@ -163,6 +167,8 @@ class Scheduler:
             self.kv.publish(request.blocks, request.token_ids, request.num_computed)
         if ended:
             self._release(ended)
+        for request, message in failed:
+            updates += self._end([request], "error", message, "invalid")
         return updates
 
     @property
@@ -347,6 +353,7 @@ class Scheduler:
                 eos_token_ids=source.eos_token_ids,
                 bad_words_token_ids=source.bad_words_token_ids,
                 prompt_logprobs_start=request.num_prompt_logprobs + 1,
+                grammar=source.grammar,
             )
         )
 

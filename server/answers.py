@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from msgspec import UNSET
 
 from ..engine.outputs import CompletionOutput
+from ..scheduler.sampling_params import SamplingParams, ValidationError
 from .parsing.deltas import merge_deltas
 from .parsing.messages import DeltaMessage
 from .parsing.output_parser import OutputParser, message_of
@@ -44,6 +46,23 @@ class AnswerFormat:
         parser = self._parser(())
         return parser is not None and parser.needs_special_tokens
 
+    def mark_reasoning(self, params: SamplingParams, prompt_token_ids: Sequence[int] | None) -> SamplingParams:
+        """The parameters of an answer to the prompt, told where its reasoning ends if constraints begin there.
+
+        Raises ValueError where the reasoning parser cannot say so, and where a thinking budget has no parser.
+        """
+        budget = params.thinking_token_budget
+        if self.reasoning_parser is None or (budget is None and params.structured_outputs is None):
+            return params
+        parser = self._parser(prompt_token_ids or ())
+        assert parser is not None and parser.reasoning is not None
+        if parser.reasoning.is_harmony:
+            name = "structured_outputs" if budget is None else "thinking_token_budget"
+            raise ValidationError("not supported with harmony answers yet", parameter=name)
+        if not parser.is_reasoning:  # switched off by the prompt: there is nothing to wait for, and nothing to count
+            return msgspec.structs.replace(params, thinking_token_budget=None)
+        return msgspec.structs.replace(params, reasoning=parser.reasoning.span())
+
     def reader(self, prompt_token_ids: Sequence[int]) -> ChoiceReader:
         """A reader of one choice of the answer to the prompt."""
         return ChoiceReader(self._parser(prompt_token_ids))
@@ -54,7 +73,8 @@ class AnswerFormat:
         tool_parser = self.tool_parser
         if tool_parser is not None and not finds_calls and not tool_parser.is_harmony:
             tool_parser = None
-        if tool_parser is None and self.reasoning_parser is None:
+        calls_are_json = self.tool_choice.kind in ("required", "named")
+        if tool_parser is None and self.reasoning_parser is None and not calls_are_json:
             return None
         return OutputParser(
             self.tokenizer,
@@ -87,6 +107,12 @@ class ChoiceReader:
             tool_calls=parsed.tool_calls or UNSET,
             reasoning=parsed.reasoning,
         )
+
+    def deltas(self, completion: CompletionOutput) -> list[DeltaMessage]:
+        """What the next piece of the answer adds, in order, each with reasoning, content or a piece of one call."""
+        if self._parser is None:
+            return [DeltaMessage(content=completion.text)] if completion.text else []
+        return self._deltas(self._parser, completion)
 
     def delta(self, completion: CompletionOutput) -> ChatDelta | None:
         """What the next piece of the answer adds; None: nothing that could be told yet."""

@@ -10,15 +10,23 @@ from aiohttp import web
 from .. import __version__
 from .body import MAX_BODY_BYTES
 from .chat import create_chat_completion
+from .chat_batch import create_chat_batch
 from .completions import create_completion
 from .context import CONTEXT, ServerContext, printable
 from .cors import install, preflight
 from .errors import json_response
 from .http_metrics import HttpMetrics
-from .middleware import api_key_guard, errors, load_tracker, observer
+from .invocations import invoke
+from .load_report import add_load_report
+from .messages_api.routes import add_message_routes
+from .middleware import api_key_guard, errors, load_tracker, observer, traced, vllm_api_key_guard
+from .openapi import add_documentation_routes
+from .operator_routes import add_development_routes, add_profile_routes
 from .responses import ModelCard, ModelList
+from .responses_api.routes import add_response_routes
 from .settings import ServerSettings
-from .tokenization import detokenize, tokenize
+from .tokenization import detokenize, tokenize, tokenizer_info
+from .ui.page import add_page
 
 if TYPE_CHECKING:
     from ..engine.async_engine import AsyncEngine
@@ -35,13 +43,17 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
     if settings.cors.origins:
         middlewares.append(preflight(settings.cors))
     if settings.api_keys:
-        middlewares.append(api_key_guard(settings.api_keys, settings.root_path))
+        new_guard = vllm_api_key_guard if settings.guards_as_vllm else api_key_guard
+        middlewares.append(new_guard(settings.api_keys, settings.root_path))
+    if engine.tracer is not None:
+        middlewares.append(traced(engine.tracer))
     if settings.enable_server_load_tracking:
         middlewares.append(load_tracker)
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     app[CONTEXT] = ServerContext(engine, settings)
     # A proxy may pass the root path on or strip it.
-    for prefix in dict.fromkeys(("", settings.root_path)):
+    prefixes = tuple(dict.fromkeys(("", settings.root_path)))
+    for prefix in prefixes:
         app.add_routes(
             [
                 web.get(f"{prefix}/health", _health),
@@ -55,12 +67,27 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
                 web.get(f"{prefix}/v1/models/{{model:.+}}", _show_model),
                 web.post(f"{prefix}/v1/completions", create_completion),
                 web.post(f"{prefix}/v1/chat/completions", create_chat_completion),
+                web.post(f"{prefix}/v1/chat/completions/batch", create_chat_batch),
+                web.post(f"{prefix}/invocations", invoke),
                 web.post(f"{prefix}/tokenize", tokenize),
                 web.post(f"{prefix}/detokenize", detokenize),
             ]
         )
+        add_response_routes(app, prefix)
+        add_message_routes(app, prefix)
+        if settings.enable_tokenizer_info:
+            app.add_routes([web.get(f"{prefix}/tokenizer_info", tokenizer_info)])
+        if settings.enable_profile:
+            add_profile_routes(app, prefix)
+        if settings.enable_development:
+            add_development_routes(app, prefix)
+        if settings.enable_docs:
+            add_documentation_routes(app, prefix)
+    if settings.ui:
+        add_page(app, prefixes)
     if settings.cors.origins:
         install(settings.cors, app)
+    app.on_response_prepare.append(add_load_report)
     if settings.enable_request_id_headers:
         app.on_response_prepare.append(_add_request_id)
     return app

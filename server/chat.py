@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -17,6 +18,7 @@ from .body import read_body
 from .context import CONTEXT, ServerContext
 from .errors import caller_errors, json_response
 from .logprobs import LogprobFormat, prompt_logprobs
+from .parsing.messages import DeltaMessage
 from .parsing.tool_choice import ToolChoice
 from .protocol import ChatCompletionRequest, chat_decoder
 from .request_checks import chat_params, check_chat, check_tools
@@ -30,12 +32,29 @@ from .responses import (
     Usage,
 )
 from .streaming import merge_outputs, send_events
+from .structured_outputs import constrain_to_calls
 
 
 async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     """Answer a conversation, n times."""
+    return await answer_chat(request, await read_body(request, chat_decoder))
+
+
+async def answer_chat(request: web.Request, body: ChatCompletionRequest) -> web.StreamResponse:
+    """The response to a chat request, whole or as a stream."""
     context = request.app[CONTEXT]
-    body = await read_body(request, chat_decoder)
+    chat = await open_chat(request, body, context.response_id("chatcmpl", request, body))
+    if body.stream:
+        return await send_events(request, chat.chunks(), context.settings.keep_alive_seconds)
+    return json_response(await chat.response())
+
+
+async def open_chat(request: web.Request, body: ChatCompletionRequest, response_id: str) -> ChatCompletion:
+    """A chat request once it has passed its checks and the engine is ready; nothing is computed yet.
+
+    Raises `RequestError` or `ValidationError` for what the client must correct.
+    """
+    context = request.app[CONTEXT]
     check_chat(body, trust_chat_template=context.settings.trust_request_chat_template)
     tool_choice = check_tools(body, serves_auto=context.tool_parser is not None)
     context.check_model(body.model)
@@ -44,16 +63,14 @@ async def create_chat_completion(request: web.Request) -> web.StreamResponse:
     with caller_errors():
         if answers.needs_special_tokens:
             body.skip_special_tokens = False
+    constrain_to_calls(body, tool_choice, context.tool_parser)
     params = chat_params(body, context.engine.default_sampling_params)
-    response_id = context.response_id("chatcmpl", request, body)
-    chat = _ChatCompletion(context, body, answers, params, response_id, context.priority(request, body))
     context.log_request(response_id, params)
-    if body.stream:
-        return await send_events(request, chat.chunks(), context.settings.keep_alive_seconds)
-    return json_response(await chat.response())
+    return ChatCompletion(context, body, answers, params, response_id, context.priority(request, body))
 
 
-def _answer_format(context: ServerContext, body: ChatCompletionRequest, tool_choice: ToolChoice) -> AnswerFormat:
+def template_options(context: ServerContext, body: ChatCompletionRequest) -> dict[str, Any]:
+    """The variables of the chat template: the server's, under the request's own."""
     effort = body.reasoning_effort
     options = dict(context.settings.default_chat_template_kwargs)
     if effort is not None:
@@ -61,12 +78,49 @@ def _answer_format(context: ServerContext, body: ChatCompletionRequest, tool_cho
     options.update(body.chat_template_kwargs or {})
     if effort is not None:
         options["reasoning_effort"] = effort
+    return options
+
+
+async def render_prompt(
+    context: ServerContext, body: ChatCompletionRequest, options: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The conversation as text, and in the engine's form. `options` are the template's variables."""
+    variables = dict(options)
+    own_template = variables.pop("chat_template", None) or body.chat_template
+    with caller_errors():
+        text = await context.engine.render_chat(
+            body.messages,
+            tools=body.tools,
+            documents=body.documents,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            continue_final_message=bool(body.continue_final_message),
+            chat_template=own_template or context.settings.chat_template,
+            chat_template_kwargs=variables,
+        )
+        # The template writes the special tokens itself.
+        return text, await context.encode_prompt(body, text, add_special_tokens=bool(body.add_special_tokens))
+
+
+def _answer_format(context: ServerContext, body: ChatCompletionRequest, tool_choice: ToolChoice) -> AnswerFormat:
+    options = template_options(context, body)
     return AnswerFormat(
         context.engine.tokenizer, body, tool_choice, context.tool_parser, context.reasoning_parser, options
     )
 
 
-class _ChatCompletion:
+@dataclass(frozen=True)
+class ChatPiece:
+    """What one output of the engine adds to the one choice of a chat; `usage` counts up to and with it."""
+
+    deltas: list[DeltaMessage]
+    logprobs: ChatLogprobs | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    usage: Usage
+    output: RequestOutput
+
+
+class ChatCompletion:
     """One request while it is being answered."""
 
     def __init__(
@@ -96,27 +150,39 @@ class _ChatCompletion:
 
     async def outputs(self) -> AsyncGenerator[RequestOutput, None]:
         """The engine's outputs."""
-        engine, body = self.context.engine, self.body
-        options = dict(self.answers.template_options)
-        own_template = options.pop("chat_template", None) or body.chat_template
+        prompt: Any
+        self.prompt_text, prompt = await render_prompt(self.context, self.body, self.answers.template_options)
+        token_ids = prompt.get("prompt_token_ids")
         with caller_errors():
-            self.prompt_text = await engine.render_chat(
-                body.messages,
-                tools=body.tools,
-                documents=body.documents,
-                add_generation_prompt=body.add_generation_prompt is not False,
-                continue_final_message=bool(body.continue_final_message),
-                chat_template=own_template or self.context.settings.chat_template,
-                chat_template_kwargs=options,
-            )
-            # The template writes the special tokens itself.
-            prompt: Any = await self.context.encode_prompt(
-                body, self.prompt_text, add_special_tokens=bool(body.add_special_tokens)
-            )
-        stream = engine.generate(prompt, self.params, self.id, priority=self.priority)
+            if token_ids is None and self.answers.reasoning_parser is not None:
+                token_ids = await self.context.engine.tokenize(self.prompt_text)
+            params = self.answers.mark_reasoning(self.params, token_ids)
+        stream = self.context.engine.generate(prompt, params, self.id, priority=self.priority)
+        log = self.context.output_log(self.id)
         async with aclosing(merge_outputs([stream])) as merged:
             async for _, output in merged:
+                if log is not None:
+                    log.add(output)
                 yield output
+
+    async def pieces(self) -> AsyncGenerator[ChatPiece, None]:
+        """What the one choice says, in the order in which it says it, for APIs that tell it in a form of their own."""
+        reader: ChoiceReader | None = None
+        num_tokens = 0
+        async with aclosing(self.outputs()) as outputs:
+            async for output in outputs:
+                if reader is None:
+                    reader = self.answers.reader(output.prompt_token_ids)
+                (completion,) = output.outputs
+                num_tokens += len(completion.token_ids)
+                yield ChatPiece(
+                    reader.deltas(completion),
+                    self._logprobs(completion),
+                    reader.finish_reason(completion.finish_reason),
+                    completion.stop_reason,
+                    self._usage(output, num_tokens, [reader]),
+                    output,
+                )
 
     async def response(self) -> ChatCompletionResponse:
         """The whole answer."""

@@ -1,4 +1,4 @@
-"""The command line: `omni-engine serve | generate | chat | bench | compile | graph`."""
+"""The command line: `omni-engine serve | generate | chat | run-batch | bench | compile | graph | doctor`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ _COMMANDS = {
     "serve": "serve a model over HTTP with the OpenAI API",
     "generate": "complete a prompt on the terminal",
     "chat": "talk to a model on the terminal",
+    "run-batch": "answer a file of requests in OpenAI's batch format",
     "bench": "measure an engine or a running server",
     "compile": "compile a model's decode graphs ahead",
     "graph": "list, check, carry and remove compiled graphs; lower a step for an NPU",
+    "doctor": "check an NPU from the bottom up: machine, operators, a layer, a gear",
 }
 
 
@@ -55,10 +57,18 @@ def _run(command: str, words: list[str]) -> int:
         from .bench.commands import run_bench
 
         return run_bench(words)
+    if command == "run-batch":
+        from .run_batch import run_batch
+
+        return run_batch(words)
     if command == "graph":
         from .graph_commands import run_graph
 
         return run_graph(words)
+    if command == "doctor":
+        from .doctor_command import run_doctor
+
+        return run_doctor(words)
     if command == "compile":
         from .compile_command import compile_parser, run_compile
 

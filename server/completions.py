@@ -87,8 +87,11 @@ class _Completion:
             engine.generate(prompt, self.params, f"{self.id}-{place}", priority=self.priority)  # type: ignore[arg-type]
             for place, prompt in enumerate(prompts)
         ]
+        logs = [self.context.output_log(f"{self.id}-{place}") for place in range(len(streams))]
         async with aclosing(merge_outputs(streams)) as merged:
             async for place, output in merged:
+                if (log := logs[place]) is not None:
+                    log.add(output)
                 yield place, output
 
     async def response(self) -> CompletionResponse:

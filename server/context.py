@@ -18,6 +18,7 @@ from .parsing.reasoning_parser import ReasoningParser
 from .parsing.registry import REASONING_PARSERS, TOOL_PARSERS
 from .parsing.tool_parser import ToolParser
 from .protocol import GenerationRequest
+from .request_log import OutputLog
 from .request_metrics import RequestMetrics, request_metrics
 from .responses import ChatChunk, CompletionChunk, CompletionTokensDetails, PromptTokensDetails, Usage
 from .settings import ServerSettings
@@ -39,6 +40,7 @@ class ServerContext:
         self.model_names = settings.served_model_names or (settings.model,)
         self.created = int(time.time())
         self.load = 0  # requests in progress, if they are tracked
+        self.openapi: dict[str, Any] | None = None  # made when it is asked for
         self.tool_parser: type[ToolParser] | None = None  # for tool_choice auto
         if settings.enable_auto_tool_choice and settings.tool_call_parser:
             self.tool_parser = TOOL_PARSERS.get(settings.tool_call_parser)
@@ -64,8 +66,11 @@ class ServerContext:
 
     def response_id(self, prefix: str, request: web.Request, body: GenerationRequest) -> str:
         """The client's own id if it sent one, behind the API's prefix."""
-        own = request.headers.get("X-Request-Id") or body.request_id or uuid.uuid4().hex
-        return f"{prefix}-{printable(own)}"
+        return f"{prefix}-{self.request_id(request, body)}"
+
+    def request_id(self, request: web.Request, body: GenerationRequest) -> str:
+        """The id that the client sent, or a new one."""
+        return printable(request.headers.get("X-Request-Id") or body.request_id or uuid.uuid4().hex)
 
     def priority(self, request: web.Request, body: GenerationRequest) -> int:
         """The header goes before the body: it is set by whoever stands between the client and this server."""
@@ -84,6 +89,11 @@ class ServerContext:
     def log_request(self, response_id: str, params: SamplingParams) -> None:
         if self.settings.enable_log_requests:
             logger.info("Received request %s: params: %s", response_id, params)
+
+    def output_log(self, request_id: str) -> OutputLog | None:
+        """Where the answer to a request is logged, if the operator wants that."""
+        settings = self.settings
+        return OutputLog(request_id, settings.max_log_len) if settings.enable_log_outputs else None
 
     def sign(self, chunk: CompletionChunk | ChatChunk) -> None:
         """The last chunk of a stream tells the fingerprint."""

@@ -10,6 +10,11 @@ def read_flag(name: str) -> bool:
     return os.environ.get(name, "0").strip().lower() in ("1", "true")
 
 
+def read_switch(name: str, *, default: bool) -> bool:
+    """Whether `name` is 1 or true; what it is by default where it is not set."""
+    return read_flag(name) if os.environ.get(name, "").strip() else default
+
+
 def read_number(name: str, default: float) -> float:
     """A number, not negative; raises ValueError."""
     text = os.environ.get(name, "").strip()

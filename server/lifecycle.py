@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from ssl import SSLContext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -19,6 +19,7 @@ from ..engine.config import EngineArgs
 from ..engine.core_launch import DEFAULT_STEP_TIMEOUT_SECONDS, LaunchedCore
 from ..engine.logs import logs_json
 from ..engine.phases import PhaseTimer, process_age
+from ..engine.tracing import RequestTracer
 from .app import build_app
 from .early import EarlyAnswers
 from .environment import read_flag, read_number
@@ -26,6 +27,9 @@ from .listener import listen
 from .settings import ServerSettings
 from .sockets import HeaderLimits, TlsFiles, address_of
 from .tls_refresh import refresh_tls
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
 
 logger = logging.getLogger(__name__)
 # Once their requests are aborted, handlers need only this long to write their last words.
@@ -52,6 +56,7 @@ class Server:
         core: LaunchedCore | None = None,
         early: EarlyAnswers | None = None,
         timer: PhaseTimer | None = None,
+        exporter: SpanExporter | None = None,
     ) -> None:
         self.listener = listener
         self.early = early
@@ -69,6 +74,7 @@ class Server:
             hang_timeout=hang_timeout,
             core=core,
             timer=timer,
+            tracer=None if exporter is None else RequestTracer(exporter, name),
         )
         self.stop = asyncio.Event()  # the first signal
         self.hurry = asyncio.Event()  # the second
@@ -125,6 +131,7 @@ class Server:
     async def _start_engine(self) -> None:
         await self.engine.start()
         await self.engine.wait_ready()
+        self.engine.warm_up_grammars()
 
     async def _serve(self) -> None:
         keeps_alive = read_flag("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH")

@@ -65,15 +65,16 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     session_id: str | None = None
     length_penalty: float | None = None
 
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    thinking_token_budget: Int | None = None
+
     use_beam_search: Any = None
-    response_format: Any = None
-    structured_outputs: Any = None
     logits_processors: Any = None
     logprob_token_ids: Any = None
     kv_transfer_params: Any = None
     vllm_xargs: Any = None
     repetition_detection: Any = None
-    thinking_token_budget: Any = None
     stream_interval: Any = None
     watermarking: Any = None
     guided_json: Any = None

@@ -18,9 +18,10 @@ from .protocol import (
     TokenizeRequest,
     Tools,
 )
+from .structured_outputs import read_constraint
 
 # vLLM's names, so that a deployment's settings carry over.
-MAX_STOP_STRINGS = read_count("VLLM_MAX_STOP_STRINGS", 4)
+MAX_STOP_STRINGS = read_count("VLLM_MAX_STOP_STRINGS", 64)
 MAX_PROMPTS = read_count("VLLM_MAX_COMPLETION_PROMPTS", 1024)
 
 _SALT_FORBIDDEN = frozenset("@/\\\0")
@@ -33,14 +34,11 @@ def _is_empty(value: Any) -> bool:
 # Fields that would change the result but are not built, and the values that ask for nothing.
 _NOT_BUILT: dict[str, Callable[[Any], bool]] = {
     "use_beam_search": _is_empty,
-    "response_format": lambda value: value is None or (isinstance(value, dict) and value.get("type") == "text"),
-    "structured_outputs": _is_empty,
     "logits_processors": _is_empty,
     "logprob_token_ids": _is_empty,
     "kv_transfer_params": _is_empty,
     "vllm_xargs": _is_empty,
     "repetition_detection": _is_empty,
-    "thinking_token_budget": lambda value: value in (None, -1),
     "stream_interval": lambda value: value in (None, 1),
     "watermarking": _is_empty,
     "guided_json": lambda value: value is None,
@@ -161,11 +159,6 @@ def check_tools(request: ChatCompletionRequest, *, serves_auto: bool) -> ToolCho
             error_type="BadRequestError",
             param="tool_choice",
         )
-    if found.kind in ("required", "named"):
-        raise not_supported(
-            "tool_choice",
-            f'"{found.kind}" tool choice is not supported yet by this server: set tool_choice to "auto" or "none"',
-        )
     return found
 
 
@@ -219,6 +212,7 @@ def _sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         truncate_prompt_tokens=request.truncate_prompt_tokens,
+        structured_outputs=read_constraint(request),
         output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
     )
 
@@ -228,4 +222,5 @@ _PASSED_ON = (
     *_DEFAULTED,
     "n", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens", "logit_bias",
     "allowed_token_ids", "bad_words", "skip_special_tokens", "spaces_between_special_tokens",
+    "thinking_token_budget",
 )  # fmt: skip

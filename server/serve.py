@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from ..engine.core_launch import launch_core
 from ..engine.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, set_up_logging
 from ..engine.phases import PhaseTimer, process_age
+from ..engine.tracing import otlp_exporter
 from .arguments import engine_args
 from .config_file import config_text, parse_with_config
 from .early import EarlyAnswers
@@ -39,6 +40,8 @@ def run_serve(words: Sequence[str]) -> int:
     tls = tls_files(parser, arguments)
     limits = header_limits(parser, arguments)
     hang_timeout = step_timeout(arguments)
+    endpoint = arguments.otlp_traces_endpoint
+    exporter = otlp_exporter(endpoint) if endpoint else None
     if arguments.print_config:
         print(config_text(arguments, args), end="")
         return 0
@@ -74,6 +77,7 @@ def run_serve(words: Sequence[str]) -> int:
             core=core,
             early=early,
             timer=timer,
+            exporter=exporter,
         )
         asyncio.run(server.run())
     return 0

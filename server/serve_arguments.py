@@ -15,7 +15,7 @@ from ..engine.config import DEMO_MODEL, EngineArgs
 from ..engine.core_launch import DEFAULT_STEP_TIMEOUT_SECONDS
 from ..engine.logs import FORMATS, LEVELS
 from .arguments import CommandParser, add_engine_arguments, parse_json_object, parse_size
-from .environment import read_number
+from .environment import read_flag, read_number
 from .settings import CorsPolicy, ServerSettings
 from .sockets import HeaderLimits, TlsFiles
 
@@ -34,8 +34,10 @@ def serve_parser() -> CommandParser:
         "--print-config", action="store_true", help="print all flags with their values as YAML, and end"
     )
     _add_listening(parser.add_argument_group("listening"))
-    _add_api(parser.add_argument_group("API"))
+    _add_http(parser.add_argument_group("HTTP"))
+    add_api_arguments(parser.add_argument_group("API"))
     _add_logging(parser.add_argument_group("logging"))
+    _add_tracing(parser.add_argument_group("tracing"))
     add_engine_arguments(parser)
     return parser
 
@@ -68,17 +70,39 @@ def _add_listening(group: Any) -> None:
         f"{STEP_TIMEOUT_VARIABLE})")  # fmt: skip
 
 
-def _add_api(group: Any) -> None:
+def _add_http(group: Any) -> None:
+
+    def add_switch(flag: str, text: str) -> None:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=text)
+
+    add = group.add_argument
+    add("--api-key", nargs="+", default=[], help="keys of which clients must send one (or set VLLM_API_KEY)")
+    add("--api-key-mode", choices=("all", "vllm"), default="all",
+        help="what keys guard: all routes but health, by bearer token or x-api-key; or as vLLM only /v1, /v2, "
+        "/inference and /cohere, by bearer token (default: all)")  # fmt: skip
+    add("--allowed-origins", type=parse_texts, default=[], help="JSON list of origins whose pages may call the server")
+    add("--allowed-methods", type=parse_texts, default=["*"], help='JSON list of methods for them (default: ["*"])')
+    add("--allowed-headers", type=parse_texts, default=["*"], help='JSON list of headers for them (default: ["*"])')
+    add_switch("--allow-credentials", "let them send cookies and authorization")
+    add_switch("--enable-force-include-usage", "send usage in every stream, in every chunk")
+    add_switch("--enable-request-id-headers", "send X-Request-Id with every response")
+    add_switch("--enable-server-load-tracking", "count the requests in progress, for /load")
+    add_switch(
+        "--enable-tokenizer-info-endpoint", "show the tokenizer's settings and the chat template at /tokenizer_info"
+    )
+    add_switch("--disable-fastapi-docs", "do without /openapi.json, /docs and /redoc")
+    add("--sse-keep-alive-interval", type=parse_seconds, default=0.0, metavar="SECONDS",
+        help="send a comment in streams that say nothing for so long; 0: none (default: 0)")  # fmt: skip
+
+
+def add_api_arguments(group: Any) -> None:
+    """The flags about what requests may say and what answers look like."""
+
     def add_switch(flag: str, text: str) -> None:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False, help=text)
 
     add = group.add_argument
     add("--served-model-name", nargs="+", default=[], help="names of the model in the API; the first is reported")
-    add("--api-key", nargs="+", default=[], help="keys of which clients must send one (or set VLLM_API_KEY)")
-    add("--allowed-origins", type=parse_texts, default=[], help="JSON list of origins whose pages may call the server")
-    add("--allowed-methods", type=parse_texts, default=["*"], help='JSON list of methods for them (default: ["*"])')
-    add("--allowed-headers", type=parse_texts, default=["*"], help='JSON list of headers for them (default: ["*"])')
-    add_switch("--allow-credentials", "let them send cookies and authorization")
     add("--chat-template", help="Jinja file, or the template itself, if not the model's own")
     add("--response-role", default="assistant", help="role of the answers of chat completions (default: assistant)")
     add_switch("--trust-request-chat-template", "let requests bring a chat template of their own")
@@ -89,12 +113,9 @@ def _add_api(group: Any) -> None:
     add("--reasoning-parser", metavar="NAME", help="format of the model's reasoning, which answers show apart")
     add_switch("--return-tokens-as-token-ids", 'show the tokens of logprobs as "token_id:N"')
     add_switch("--enable-prompt-tokens-details", "report cached prompt tokens in usage")
-    add_switch("--enable-force-include-usage", "send usage in every stream, in every chunk")
-    add_switch("--enable-request-id-headers", "send X-Request-Id with every response")
-    add_switch("--enable-server-load-tracking", "count the requests in progress, for /load")
     add_switch("--enable-per-request-metrics", "report the times of a request with one sequence in its answer")
-    add("--sse-keep-alive-interval", type=parse_seconds, default=0.0, metavar="SECONDS",
-        help="send a comment in streams that say nothing for so long; 0: none (default: 0)")  # fmt: skip
+    add("--ui", action=argparse.BooleanOptionalAction, default=True,
+        help="serve the page at /: chat and live engine (default: yes)")  # fmt: skip
     add("--fingerprint-mode", type=parse_fingerprint_mode, choices=FINGERPRINT_MODES, default="full",
         help="system_fingerprint of responses: version and a hash of the settings, hash, none (full)")  # fmt: skip
 
@@ -108,9 +129,16 @@ def _add_logging(group: Any) -> None:
     add("--log-level", type=str.lower, choices=levels, help="least level that is logged (default: info)")
     add("--log-format", choices=FORMATS, help="lines for people or JSON objects (default: text)")
     add_switch("--enable-log-requests", "log the parameters of every request")
+    add_switch("--enable-log-outputs", "log the answer to every request")
+    add("--max-log-len", type=parse_size, metavar="CHARACTERS", help="most characters of an answer that are logged")
     add_switch("--disable-uvicorn-access-log", "log no line per request")
     add("--disable-access-log-for-endpoints", type=parse_paths, default=[], metavar="PATHS",
         help="paths without a line per request, with commas between them")  # fmt: skip
+
+
+def _add_tracing(group: Any) -> None:
+    group.add_argument("--otlp-traces-endpoint", metavar="URL",
+        help="OpenTelemetry collector that gets a span of every request; needs omni-engine[tracing]")  # fmt: skip
 
 
 def parse_texts(text: str) -> list[str]:
@@ -157,6 +185,7 @@ def server_settings(arguments: argparse.Namespace, args: EngineArgs) -> ServerSe
         model=args.model,
         served_model_names=tuple(names),
         api_keys=tuple(key for key in arguments.api_key or [os.environ.get("VLLM_API_KEY", "")] if key),
+        guards_as_vllm=arguments.api_key_mode == "vllm",
         chat_template=read_chat_template(arguments.chat_template),
         response_role=arguments.response_role,
         trust_request_chat_template=arguments.trust_request_chat_template,
@@ -172,8 +201,15 @@ def server_settings(arguments: argparse.Namespace, args: EngineArgs) -> ServerSe
         enable_per_request_metrics=arguments.enable_per_request_metrics,
         keep_alive_seconds=arguments.sse_keep_alive_interval,
         enable_log_requests=arguments.enable_log_requests,
+        enable_log_outputs=arguments.enable_log_outputs,
+        max_log_len=arguments.max_log_len,
+        enable_tokenizer_info=arguments.enable_tokenizer_info_endpoint,
+        enable_profile=args.profiler_config is not None,
+        enable_development=read_flag("VLLM_SERVER_DEV_MODE"),
+        enable_docs=not arguments.disable_fastapi_docs,
         access_log=not arguments.disable_uvicorn_access_log,
         unlogged_paths=tuple(arguments.disable_access_log_for_endpoints),
+        ui=arguments.ui,
         root_path=f"/{root_path}" if root_path else "",
         fingerprint=fingerprint(arguments.fingerprint_mode, args),
         cors=CorsPolicy(

@@ -46,6 +46,7 @@ class ServerSettings:
     model: str = ""  # the checkpoint, as it was named
     served_model_names: tuple[str, ...] = ()  # the first is reported; none: `model`
     api_keys: tuple[str, ...] = ()
+    guards_as_vllm: bool = False  # the keys guard only what they do in vLLM
     chat_template: str | None = None  # source text
     response_role: str = "assistant"
     trust_request_chat_template: bool = False
@@ -61,8 +62,15 @@ class ServerSettings:
     enable_per_request_metrics: bool = False
     keep_alive_seconds: float = 0.0  # between comments in a stream that says nothing else; 0: none
     enable_log_requests: bool = False
+    enable_log_outputs: bool = False
+    max_log_len: int | None = None  # characters of an output that are logged
+    enable_tokenizer_info: bool = False  # /tokenizer_info
+    enable_profile: bool = False  # /start_profile, /stop_profile
+    enable_development: bool = False  # routes for development
+    enable_docs: bool = True  # /openapi.json, /docs
     access_log: bool = True
     unlogged_paths: tuple[str, ...] = ()  # left out of the access log
+    ui: bool = True  # the page at /
     root_path: str = ""  # where a proxy shows this server, without a slash at the end
     fingerprint: str | None = None  # system_fingerprint of responses
     cors: CorsPolicy = field(default_factory=CorsPolicy)

@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, cast
 
 import msgspec
 from aiohttp import web
 
 from ..engine.outputs import RequestOutput
-from .errors import ErrorResponse, caller_errors, error_info
+from .errors import ErrorInfo, ErrorResponse, caller_errors, error_info
 
 _encoder = msgspec.json.Encoder()
-_DONE = b"data: [DONE]\n\n"
 _PAUSE = object()
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
+
+
+@dataclass(frozen=True)
+class EventFormat:
+    """How an API writes its stream: each event, a failure after the first one, and the end."""
+
+    event: Callable[[Any], bytes]
+    failure: Callable[[ErrorInfo], bytes]
+    end: bytes
+
+
+def event_bytes(event: Any) -> bytes:
+    """One server-sent event without a name, holding `event` as JSON."""
+    return b"data: " + _encoder.encode(event) + b"\n\n"
+
+
+def named_event_bytes(event: dict[str, Any]) -> bytes:
+    """One server-sent event that is named by its `type`."""
+    return b"event: " + event["type"].encode() + b"\n" + event_bytes(event)
+
+
+OPENAI_CHUNKS = EventFormat(event_bytes, lambda info: event_bytes(ErrorResponse(info)), b"data: [DONE]\n\n")
 
 
 async def merge_outputs(
@@ -76,9 +98,12 @@ def _closing(stream: AsyncIterator[RequestOutput]) -> aclosing[AsyncGenerator[Re
 
 
 async def send_events(
-    request: web.Request, events: AsyncGenerator[Any, None], keep_alive_seconds: float = 0.0
+    request: web.Request,
+    events: AsyncGenerator[Any, None],
+    keep_alive_seconds: float = 0.0,
+    written: EventFormat = OPENAI_CHUNKS,
 ) -> web.StreamResponse:
-    """Answer with `events`, structs or plain data, as server-sent events, and a closing [DONE].
+    """Answer with `events`, structs or plain data, as server-sent events.
 
     The response begins with the first event, so that what fails before it gets its own status; what fails after it
     becomes an error event. With `keep_alive_seconds` it begins that early at the latest, and a comment is sent
@@ -91,24 +116,24 @@ async def send_events(
         response = web.StreamResponse(headers=_HEADERS)
         try:
             await response.prepare(request)
-            await response.write(event_bytes(first))
-            await _write_rest(response, events)
-            await response.write_eof(_DONE)
+            await response.write(_bytes(first, written))
+            await _write_rest(response, events, written)
+            await response.write_eof(written.end)
         except ConnectionResetError:
             pass  # the client has gone; closing the events aborts the request
     return response
 
 
-async def _write_rest(response: web.StreamResponse, events: AsyncGenerator[Any, None]) -> None:
+async def _write_rest(response: web.StreamResponse, events: AsyncGenerator[Any, None], written: EventFormat) -> None:
     while True:
         try:
             event = await anext(events)
         except StopAsyncIteration:
             return
         except Exception as error:
-            await response.write(event_bytes(ErrorResponse(error_info(error))))
+            await response.write(written.failure(error_info(error)))
             return
-        await response.write(event_bytes(event))
+        await response.write(_bytes(event, written))
 
 
 async def _with_pauses(events: AsyncGenerator[Any, None], seconds: float) -> AsyncGenerator[Any, None]:
@@ -129,8 +154,5 @@ async def _with_pauses(events: AsyncGenerator[Any, None], seconds: float) -> Asy
             yield event
 
 
-def event_bytes(event: Any) -> bytes:
-    """One server-sent event holding `event` as JSON, or the comment of a pause."""
-    if event is _PAUSE:
-        return b": keep-alive\n\n"
-    return b"data: " + _encoder.encode(event) + b"\n\n"
+def _bytes(event: Any, written: EventFormat) -> bytes:
+    return b": keep-alive\n\n" if event is _PAUSE else written.event(event)

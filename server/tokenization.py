@@ -68,6 +68,19 @@ async def detokenize(request: web.Request) -> web.Response:
     return json_response(DetokenizeResponse(text))
 
 
+async def tokenizer_info(request: web.Request) -> web.Response:
+    """The tokenizer's own settings: tokenizer_config.json with its special tokens and the chat template in use."""
+    context = request.app[CONTEXT]
+    await context.engine.wait_ready()
+    tokenizer = _tokenizer(context)
+    info = await asyncio.to_thread(context.engine.tokenizer_config)
+    template = context.settings.chat_template or tokenizer.chat_template
+    return json_response(
+        {"tokenizer_class": None, **info, **tokenizer.special_tokens_map, "vocab_size": tokenizer.vocab_size,
+         "chat_template": template}
+    )  # fmt: skip
+
+
 def _tokenizer(context: ServerContext) -> Tokenizer:
     tokenizer = context.engine.tokenizer
     if tokenizer is None:

@@ -8,14 +8,14 @@ _NAMES = """
 --convert --cpu-offload-gb --custom-histogram-buckets --data-parallel-address
 --data-parallel-backend --data-parallel-external-lb --data-parallel-hybrid-lb --data-parallel-rank
 --data-parallel-rpc-port --data-parallel-size-local --data-parallel-start-rank --decode-context-parallel-size
---disable-fastapi-docs --distributed-executor-backend --enable-expert-parallel
---enable-log-outputs --enable-lora --enable-prompt-embeds --enable-sleep-mode
---enable-tokenizer-info-endpoint --exclude-tools-when-tool-choice-none --hf-token
+--distributed-executor-backend --enable-expert-parallel
+--enable-lora --enable-prompt-embeds --enable-sleep-mode
+--exclude-tools-when-tool-choice-none --hf-token
 --kv-cache-dtype --kv-cache-metrics --kv-events-config --kv-offloading-backend --kv-offloading-size
 --kv-transfer-config --limit-mm-per-prompt --log-error-stack --logits-processors --lora-dtype --lora-modules
---max-cpu-loras --max-log-len --max-lora-rank --max-loras --middleware --mm-processor-kwargs --model-impl
---nnodes --node-rank --otlp-traces-endpoint --pooler-config --prefill-context-parallel-size
---prefix-caching-hash-algo --profiler-config --reasoning-parser-plugin --runner
+--max-cpu-loras --max-lora-rank --max-loras --middleware --mm-processor-kwargs --model-impl
+--nnodes --node-rank --pooler-config --prefill-context-parallel-size
+--prefix-caching-hash-algo --reasoning-parser-plugin --runner
 --show-hidden-metrics-for-version --stream-interval --structured-outputs-config --tokenizer-revision
 --tool-parser-plugin --tool-strict-level --trust-request-mm-kwargs --uvicorn-log-level -ac -asc -dcp -dpa
 -dpb -dpe -dph -dpl -dpn -dpp -dpr -ep -n -pcp -r

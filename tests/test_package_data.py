@@ -1,4 +1,4 @@
-"""What a wheel and an sdist have beside the modules: demo models, sources of the C++ kernels and the simulated NPU."""
+"""What a wheel and an sdist have beside the modules: demo models, sources of kernels and simulated NPU, the page."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "models" / "demo"
 SIMULATOR = ROOT / "ops" / "npu" / "simulator" / "runtime.c"
 SOURCES = ROOT / "ops" / "cpu" / "csrc"
+PAGE = ROOT / "server" / "ui" / "static"
 LIMIT = 12_000_000  # bytes of a model
 
 
@@ -55,11 +56,15 @@ def test_a_wheel_has_the_source_of_the_simulated_npu(packaged):
     assert (packaged / "lib/omni_engine/ops/npu/simulator/runtime.c").read_bytes() == SIMULATOR.read_bytes()
 
 
-def test_wheel_and_sdist_have_the_sources_of_the_kernels(packaged):
-    names = {file.name for file in SOURCES.iterdir()}
-    assert {"binding.cpp", "tiles.h"} < names
-    assert {file.name for file in (packaged / "lib/omni_engine/ops/cpu/csrc").iterdir()} == names
+@pytest.mark.parametrize(
+    ("folder", "some"), [(SOURCES, {"binding.cpp", "tiles.h"}), (PAGE, {"index.html", "style.css", "chat.js"})]
+)
+def test_wheel_and_sdist_have_the_sources_of_the_kernels_and_the_page(packaged, folder, some):
+    names = {file.name for file in folder.iterdir()}
+    assert some < names
+    place = folder.relative_to(ROOT)
+    assert {file.name for file in (packaged / "lib/omni_engine" / place).iterdir()} == names
     (archive,) = (packaged / "dist").iterdir()
     with tarfile.open(archive) as tar:
         listed = [member.name for member in tar.getmembers() if member.isfile()]
-    assert {Path(name).name for name in listed if "/ops/cpu/csrc/" in name} == names
+    assert {Path(name).name for name in listed if f"/{place}/" in name} == names

@@ -61,26 +61,45 @@ def parse_deepseek_v32(raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def parse_glm_moe_dsa(raw: Mapping[str, Any]) -> ModelConfig:
-    """V3.2 whose indexers rotate pairs side by side. Defaults: GlmMoeDsaConfig.
-
-    Layers that share the selection of an earlier one (indexer_types and its other spellings) are refused.
-    """
+    """V3.2 whose indexers rotate pairs side by side. Defaults: GlmMoeDsaConfig. GLM-5.2's layers share the selection of
+    an earlier one (indexer_types and its other spellings)."""
     present = {key: value for key, value in raw.items() if value is not None or key not in GLM_DEFAULTS}
     reader = ConfigReader({**GLM_DEFAULTS, **present, "q_lora_rank": raw.get("q_lora_rank", 2048)})
-    types = reader.strings("indexer_types")
+    reader.get("index_share_for_mtp_iteration")  # drafts do not change what is said: each selects for itself here
+    num_layers = reader.integer("num_hidden_layers", 78)
+    sharing = _sharing_layers(reader, num_layers)
+    return _sparse(reader, vocab_size=154_880, max_position=202_752, interleaved_indexer=True, sharing_layers=sharing)
+
+
+def _sharing_layers(reader: ConfigReader, num_layers: int) -> frozenset[int]:
+    """The layers without an indexer of their own: by a type for each layer, else by a pattern of F and S, else all but
+    each `index_topk_freq`-th from the offset on, as GlmMoeDsaConfig reads them."""
+    key, types = "indexer_types", reader.strings("indexer_types")
+    pattern = reader.get("index_topk_pattern")
+    frequency = reader.integer("index_topk_freq", 1, minimum=0)
+    offset = reader.integer("index_skip_topk_offset", 2, minimum=0)
+    if types is None and pattern is not None:
+        key, names = "index_topk_pattern", {"F": "full", "S": "shared"}
+        if isinstance(pattern, str):
+            types = tuple(names.get(letter, letter) for letter in pattern)
+        else:
+            types = reader.strings(key)
     if types is None:
-        reader.require_neutral({"index_topk_freq": (0, 1)})
-        pattern = reader.get("index_topk_pattern")
-        if pattern is not None and set(pattern) - {"F", "full"}:
-            raise reader.unsupported("index_topk_pattern", "supported: null, or F for every layer")
-    elif set(types) - {"full"}:
-        raise reader.unsupported("indexer_types", "supported: null, or full for every layer")
-    for key in ("index_topk_freq", "index_topk_pattern", "index_skip_topk_offset", "index_share_for_mtp_iteration"):
-        reader.get(key)  # without effect beside indexer_types, or where every layer has its own selection
-    return _sparse(reader, vocab_size=154_880, max_position=202_752, interleaved_indexer=True)
+        types = tuple("shared" if max(i - offset + 1, 0) % max(frequency, 1) else "full" for i in range(num_layers))
+        key = "index_skip_topk_offset"
+    if len(types) != num_layers or types[0] != "full" or set(types) - {"full", "shared"}:
+        raise reader.error(key, f"full or shared for each of {num_layers} layers, the first one full")
+    return frozenset(i for i, kind in enumerate(types) if kind == "shared")
 
 
-def _sparse(reader: ConfigReader, *, vocab_size: int, max_position: int, interleaved_indexer: bool) -> ModelConfig:
+def _sparse(
+    reader: ConfigReader,
+    *,
+    vocab_size: int,
+    max_position: int,
+    interleaved_indexer: bool,
+    sharing_layers: frozenset[int] = frozenset(),
+) -> ModelConfig:
     reader.require_neutral({"rope_interleave": (True,)})
     sizes, fields = _biased_routing(reader, vocab_size=vocab_size, max_position=max_position)
     types = reader.strings("layer_types")
@@ -91,6 +110,7 @@ def _sparse(reader: ConfigReader, *, vocab_size: int, max_position: int, interle
         head_dim=reader.integer("index_head_dim", 128),
         topk=reader.integer("index_topk", 2048),
         interleaved=reader.boolean("indexer_rope_interleave", interleaved_indexer),
+        sharing_layers=sharing_layers,
     )
     config = _model(reader, sizes, interleaved=True, indexer=indexer, **fields)
     assert config.mla is not None

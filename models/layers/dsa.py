@@ -57,6 +57,9 @@ class Indexer(nn.Module):
         yield WeightSlot(f"{prefix}weights_proj.weight", self.weights_proj)
 
 
+SELECTION = "selection"  # of the newest layer with an indexer; None: everything
+
+
 class SparseMLAAttention(MLAAttention):
     """MLA over the `topk` tokens of the context that the layer's indexer scores highest.
 
@@ -79,6 +82,7 @@ class SparseMLAAttention(MLAAttention):
         with ops.side_stream("indexer"):  # of what `project` made it reads the low-rank query alone
             ops.write_index_keys(self.indexer.keys(hidden, cos, sin), cache[2], context.slots)
             selection = self.select(hidden, low_rank, cos, sin, context, cache[2])
+        context.handed_on[SELECTION] = selection
         return self.o_proj(self.attend(query_nope, query_rope, context, cache, selection).flatten(1))
 
     def store(
@@ -129,3 +133,16 @@ class SparseMLAAttention(MLAAttention):
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield from super().weight_slots(prefix)
         yield from self.indexer.weight_slots(f"{prefix}indexer.")
+
+
+class SharingMLAAttention(MLAAttention):
+    """MLA over the tokens that the indexer of an earlier layer has selected in the same step (GLM-5.2,
+    arXiv:2603.12201). It has no indexer and caches no indexer keys."""
+
+    def forward(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, cache: tuple[Tensor, ...]
+    ) -> Tensor:
+        """hidden [tokens, hidden] -> [tokens, hidden]; writes latents and rope keys into `cache`."""
+        _, query_nope, query_rope = self.project(hidden, cos, sin, context, cache)
+        selection = context.handed_on[SELECTION]
+        return self.o_proj(self.attend(query_nope, query_rope, context, cache, selection).flatten(1))

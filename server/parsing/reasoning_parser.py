@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
+from ...scheduler.structured_outputs import ReasoningSpan
 from .events import Content, Emitter, Event, Reasoning
 from .messages import DeltaMessage
 from .parse import Parse
@@ -59,6 +60,13 @@ class ReasoningParser:
     def reasoning_end_str(self) -> str | None:
         """What closes the reasoning in text, if it is one string."""
         return None
+
+    def span(self) -> ReasoningSpan:
+        """What ends the reasoning of an answer, for constraints that begin there; ValueError if nothing is known."""
+        end = self.reasoning_end_str
+        if end is None:
+            raise ValueError(f"the reasoning parser does not say what ends reasoning: {type(self).__name__}")
+        return ReasoningSpan(ends=[end], starts=[self.reasoning_start_str] if self.reasoning_start_str else [])
 
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
         """Whether no reasoning is open after `input_ids`, the tokens of a prompt or of an answer so far."""

@@ -70,7 +70,8 @@ def tool_choice_schema(
                 raise ValueError(f"two tools define a name in $defs differently: {key}")
         parameters = {key: value for key, value in schema.items() if key != "$defs"} or _no_parameters()
         properties = {"name": {"type": "string", "enum": [name]}, "parameters": parameters}
-        calls.append({"properties": properties, "required": ["name", "parameters"]})
+        required = ["name", "parameters"]
+        calls.append({"properties": properties, "required": required, "additionalProperties": False})
     found: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "object", "anyOf": calls}}
     if parallel_tool_calls is False:
         found["maxItems"] = 1

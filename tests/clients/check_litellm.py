@@ -99,7 +99,7 @@ def errors_have_their_classes() -> None:
         with raises(litellm.ContextWindowExceededError, "maximum context length"):
             chat(provider, [{"role": "user", "content": "word " * 10_000}], stream=True)
         with raises(litellm.BadRequestError, "not supported yet"):
-            chat(provider, response_format={"type": "json_object"})
+            chat(provider, extra_body={"watermarking": True})
         with raises(litellm.Timeout):
             chat(provider, n=16, max_tokens=900, temperature=1, timeout=0.3)
     checks.wait_until_idle()

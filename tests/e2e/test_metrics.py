@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 from aiohttp import ClientSession, ClientTimeout, web
@@ -201,5 +202,32 @@ def test_a_full_queue_counts_its_rejections(served):
         statuses = await asyncio.gather(*(ask() for _ in range(90)))
         grown = Grown(before, await scrape(session))
         assert grown["admission_rejections_total reason=queue_full"] == statuses.count(503) > 0
+
+    served(scenario)
+
+
+def test_sizes_of_bodies_are_counted_of_plain_and_of_streamed_answers(served):
+    names = ("http_request_size_bytes", "http_response_size_bytes")
+
+    async def sizes(session):
+        async with session.get("/metrics") as response:
+            lines = (await response.text()).splitlines()
+        found = dict(line.rsplit(" ", 1) for line in lines if line.startswith(names))
+        return [float(found.get(f'{name}_sum{{handler="/v1/completions"}}', 0)) for name in names]
+
+    async def scenario(session):
+        before = await sizes(session)
+        body = json.dumps({"prompt": PROMPT, "max_tokens": 3}).encode()
+        headers = {"Content-Type": "application/json"}
+        async with session.post("/v1/completions", data=body, headers=headers) as response:
+            answer = await response.read()
+        plain = await sizes(session)
+        assert [plain[0] - before[0], plain[1] - before[1]] == [len(body), len(answer)]
+        streamed = json.dumps({"prompt": PROMPT, "max_tokens": 3, "stream": True}).encode()
+        async with session.post("/v1/completions", data=streamed, headers=headers) as response:
+            answer = await response.read()
+        after = await sizes(session)
+        assert after[0] - plain[0] == len(streamed)
+        assert len(answer) <= after[1] - plain[1] < len(answer) + 600  # with the marks between chunks, and the head
 
     served(scenario)

@@ -19,6 +19,14 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
 TOOL = {"type": "function", "function": {"name": "f"}}
 LENGTH, VOCABULARY = 4096, 515
 KEY = {"Authorization": "Bearer k"}
+NO_KEY = {
+    "error": {
+        "message": "a valid API key is needed, as Authorization: Bearer KEY or as x-api-key: KEY",
+        "type": "Unauthorized",
+        "param": None,
+        "code": 401,
+    }
+}
 BODY, VALUE = "Bad Request", "BadRequestError"
 
 
@@ -82,7 +90,7 @@ WRONG = [
     completion(kind=BODY, param="body.seed", seed=2**63),
     completion(kind=BODY, param="body.prompt.0", prompt=[-1]),
     completion(kind=BODY, param="prompt", prompt=["a"] * 1025),
-    completion(kind=BODY, param="stop", stop=list("abcde")),
+    completion(kind=BODY, param="stop", stop=["ab"] * 65),
     completion(kind=BODY, param="cache_salt", cache_salt="a@b"),
     completion(kind=BODY, param="body.truncate_prompt_tokens", truncate_prompt_tokens=-2),
     completion(kind=BODY, param="truncation_side", truncation_side="middle"),
@@ -200,10 +208,10 @@ def test_what_is_right_or_asks_for_nothing_is_served(server, path, body, status,
         ("GET", "/health", {}, 200, None),
         ("GET", "/ping", {}, 200, None),
         ("POST", "/ping", {}, 200, None),
-        ("GET", "/load", {}, 200, {"server_load": 0}),
-        ("GET", "/v1/models", {"Authorization": "Bearer no"}, 401, {"error": "Unauthorized"}),
+        ("GET", "/load", KEY, 200, {"server_load": 0}),
+        ("GET", "/v1/models", {"Authorization": "Bearer no"}, 401, NO_KEY),
         ("GET", "/health", {"Authorization": "Bearer no"}, 200, None),
-        ("POST", COMPLETIONS, {"Authorization": "k"}, 401, {"error": "Unauthorized"}),
+        ("POST", COMPLETIONS, {"Authorization": "k"}, 401, NO_KEY),
     ],
 )
 def test_addresses_without_a_body(server, method, path, headers, status, body):

@@ -122,6 +122,22 @@ def selection_margins(reference):
         hook.remove()
 
 
+def test_layers_without_an_indexer_attend_to_what_the_layer_before_selects(make_checkpoint, reference_model):
+    """GLM-5.2: batched, in chunks, with prefix hits and preemption."""
+    path = make_checkpoint(
+        "GlmMoeDsaForCausalLM", num_hidden_layers=4, indexer_types=["full", "shared", "shared", "full"]
+    )
+    prompts = make_prompts(515, count=10)
+    engine = make_engine(path, max_model_len=160, num_gpu_blocks_override=20)
+    generated = generate(engine, prompts)
+    assert engine._core.stats().num_preemptions > 0
+    assert_equal_but_for_ties(reference_model(path), prompts, generated)
+    assert [len(cache) for cache in engine._core.runner.runner.caches] == [3, 2, 2, 3]
+    for _ in range(2):
+        assert generate(engine, prompts[5:6]) == generated[5:6]
+    assert engine._core.stats().prefix_cache_hits > 0
+
+
 def assert_equal_but_for_ties(reference, prompts, generated):
     found = differences(reference, prompts, generated)
     ties = [difference for difference in found if difference[2] < TIE or difference[3] < SELECTION_TIE]

@@ -129,6 +129,18 @@ def with_equal_index_heads(model: CausalDecoder) -> None:
         indexer.weights_proj.copy_(indexer.weights_proj.mean(0, keepdim=True).expand_as(indexer.weights_proj))
 
 
+def with_the_first_selection_for_all(model: CausalDecoder) -> None:
+    first, second = parts(model, SparseMLAAttention)
+    kept: list[Any] = []
+
+    def select(*arguments: Any) -> Any:
+        kept.append(SparseMLAAttention.select(first, *arguments))
+        return kept[-1]
+
+    first.select = select
+    second.select = lambda *_: kept[-1]
+
+
 def parts(model: CausalDecoder, kind: type[Any]) -> Iterator[Any]:
     found = [module for module in model.modules() if isinstance(module, kind)]
     assert found
@@ -219,6 +231,12 @@ CASES = (
     Case("deepseek-v32-select-all", "DeepseekV32ForCausalLM", {"index_topk": 64}),
     Case("deepseek-v32-biases", "DeepseekV32ForCausalLM", {"attention_bias": True}, (without_down_bias,)),
     Case("glm-moe-dsa", "GlmMoeDsaForCausalLM", {}, (without_rope, *INDEXER_FAULTS)),
+    Case(
+        "glm-moe-dsa-sharing",
+        "GlmMoeDsaForCausalLM",
+        {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "full", "shared"]},
+        (*INDEXER_FAULTS, with_the_first_selection_for_all),
+    ),
     Case("deepseek-v3-halves", "DeepseekV3ForCausalLM", {"rope_interleave": False, "tie_word_embeddings": True}),
 )
 FAULTS = [pytest.param(case, fault, id=f"{case.name}-{fault.__name__}") for case in CASES for fault in case.faults]

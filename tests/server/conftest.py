@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,11 @@ import pytest
 from aiohttp import ClientSession, web
 from prometheus_client import CollectorRegistry
 
+from omni_engine.engine.config import EngineArgs
+from omni_engine.engine.load import LoadMeter
+from omni_engine.engine.messages import CoreInfo
 from omni_engine.engine.outputs import CompletionOutput, Logprob, RequestOutput, RequestStats
+from omni_engine.engine.phases import Phase
 from omni_engine.models.chat_template import ChatTemplate
 from omni_engine.scheduler.sampling_params import RequestOutputKind, SamplingParams, ValidationError
 from omni_engine.server.app import build_app
@@ -30,6 +36,9 @@ class FakeTokenizer:
 
     def __init__(self) -> None:
         self.special: list[str] = []
+        self.special_tokens_map = {"bos_token": "^"}
+        self.vocab_size = 300
+        self.chat_template: str | None = None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         pieces = re.findall("|".join([*map(re.escape, self.special), "(?s:.)"]), text)
@@ -60,6 +69,7 @@ class FakeEngine:
         self.answers: list[str] = []  # of the choices, if they differ
         self.tokens_per_output = 1
         self.finish_reason = "stop"  # of answers that are not cut
+        self.stop_reason: str | None = None  # likewise
         self.text_delay = 0  # how many characters of the text come one output later than their tokens
         self.template: ChatTemplate | None = None
         self.prompt_end = ""
@@ -67,15 +77,20 @@ class FakeEngine:
         self.failure_after: tuple[int, Exception] | None = None  # raised after so many outputs
         self.hangs = False  # after the first output
         self.pause = 0.0  # seconds before each output
-        self.stats: RequestStats | None = None
+        self.request_stats: RequestStats | None = None
         self.is_ready = True
         self.errored = False
         self.dead_error: BaseException | None = None
+        self.tracer = None
         self.max_model_len = 64
         self.model_config = SimpleNamespace(vocab_size=300)
         self.metrics_registry = CollectorRegistry()
         self.tokenizer = FakeTokenizer()
         self.default_sampling_params: dict[str, Any] = {}
+        self.args = EngineArgs(model=MODEL)
+        self.counters: dict[str, Any] = {}
+        self.num_resets = 0
+        self.profiles = False
         self.ready = asyncio.Event()
         self.prompts: list[Any] = []
         self.params: list[SamplingParams] = []
@@ -84,6 +99,43 @@ class FakeEngine:
         self.running: set[str] = set()
         self.closed_early: list[str] = []
         self.rendered: list[tuple[Any, dict[str, Any]]] = []
+        self.core_info: CoreInfo | None = None
+        self.start_phases: list[tuple[str, list[Phase]]] = []
+        self.config = SimpleNamespace(speculation=None)
+        self.meter: LoadMeter | None = None  # while somebody looks
+        self.num_watches = 0
+
+    @contextmanager
+    def watched(self) -> Iterator[LoadMeter]:
+        assert self.meter is None
+        self.meter = LoadMeter(time.monotonic())
+        self.num_watches += 1
+        try:
+            yield self.meter
+        finally:
+            self.meter = None
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        return {"tokenizer_class": "FakeTokenizer"}
+
+    async def stats(self) -> dict[str, Any]:
+        return self.counters
+
+    async def check_health(self) -> None:
+        if self.dead_error is not None:
+            raise self.dead_error
+
+    async def reset_prefix_cache(self) -> bool:
+        self.num_resets += 1
+        return True
+
+    async def start_profile(self) -> None:
+        self.profiles = True
+
+    async def stop_profile(self) -> None:
+        if not self.profiles:
+            raise RuntimeError("none runs")
+        self.profiles = False
 
     async def wait_ready(self) -> None:
         if not self.is_ready:
@@ -157,11 +209,12 @@ class FakeEngine:
                 logprobs = None if params.logprobs is None else [entry(i, params.logprobs) for i in new]
                 text = self._text(ids, start, params) if start else ""
                 text = self._text(ids, start + step, params)[len(text) :]
-                completions.append(CompletionOutput(index, text, new, 0.0, logprobs, reason if done else None))
+                ended = (reason, self.stop_reason if reason == "stop" else None) if done else (None, None)
+                completions.append(CompletionOutput(index, text, new, 0.0, logprobs, *ended))
             outputs.append(
                 RequestOutput(
                     request_id, prompt.get("prompt"), token_ids, None if start else prompt_logprobs, completions,
-                    start + step >= longest, self.stats, num_cached_tokens=2,
+                    start + step >= longest, self.request_stats, num_cached_tokens=2,
                 )
             )  # fmt: skip
         return outputs
@@ -228,7 +281,7 @@ Scenario = Callable[[Client, FakeEngine], Coroutine[Any, Any, None]]
 def serve() -> Callable[..., None]:
     """Runs a scenario against the application over a fake engine."""
 
-    def run(scenario: Scenario, **settings: Any) -> None:
+    def run(scenario: Scenario, seconds: float = 20, **settings: Any) -> None:
         async def main() -> None:
             engine = FakeEngine()
             app = build_app(engine, ServerSettings(**{"model": MODEL, **settings}))  # type: ignore[arg-type]
@@ -238,7 +291,7 @@ def serve() -> Callable[..., None]:
             await site.start()
             port = runner.addresses[0][1]
             async with ClientSession() as session:
-                await asyncio.wait_for(scenario(Client(session, f"http://127.0.0.1:{port}"), engine), 20)
+                await asyncio.wait_for(scenario(Client(session, f"http://127.0.0.1:{port}"), engine), seconds)
             await runner.cleanup()
 
         asyncio.run(main())

@@ -87,21 +87,33 @@ def test_requests_wait_while_the_model_loads_but_wrong_ones_are_answered(serve):
         ({"Authorization": "Bearer wrong"}, 401),
         ({"Authorization": "one"}, 401),
         ({"Authorization": "Basic one"}, 401),
+        ({"x-api-key": "wrong"}, 401),
         ({"Authorization": "Bearer one"}, 200),
         ({"Authorization": "Bearer two"}, 200),
+        ({"x-api-key": "two"}, 200),
+        ({"Authorization": "Bearer wrong", "x-api-key": "two"}, 200),
     ],
 )
-def test_api_keys_guard_the_versioned_paths_only(serve, headers, status):
+@pytest.mark.parametrize("guards_as_vllm", [False, True])
+def test_api_keys_guard_the_routes(serve, headers, status, guards_as_vllm):
+    if guards_as_vllm and "x-api-key" in headers:
+        status = 401
+
     async def scenario(client, _engine):
         answer = await client.post(COMPLETIONS, {"prompt": "a"}, headers=headers)
         assert answer[0] == status
-        if status == 401:
+        if status == 401 and guards_as_vllm:
             assert answer[1] == {"error": "Unauthorized"}
+        elif status == 401:
+            assert (answer[1]["error"]["type"], answer[1]["error"]["code"]) == ("Unauthorized", 401)
         assert (await client.get("/v1/models", headers=headers))[0] == status
         assert (await client.get("/v1/nothing", headers=headers))[0] == (404 if status == 200 else 401)
-        assert (await client.get("/health"))[0] == 200
+        assert (await client.get("/health"))[0] == (await client.get("/ping"))[0] == 200
+        for path in ("/version", "/load", "/nothing"):
+            found = 404 if path == "/nothing" else 200
+            assert (await client.get(path, headers=headers))[0] == (found if guards_as_vllm or status == 200 else 401)
 
-    serve(scenario, api_keys=("one", "two"))
+    serve(scenario, api_keys=("one", "two"), guards_as_vllm=guards_as_vllm)
 
 
 def test_request_id_headers_are_sent_when_enabled(serve):

@@ -27,6 +27,7 @@ class SlowEngine:
     max_model_len = 64
     tokenizer = None
     served_model_name = "m"
+    tracer = None
 
     def __init__(self) -> None:
         self.loaded = asyncio.Event()

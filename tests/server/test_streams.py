@@ -99,7 +99,7 @@ def test_one_token_has_no_time_between_tokens_and_none_has_no_times():
 @PATHS
 def test_the_times_of_a_request_are_in_its_answer_and_in_the_usage_chunk(serve, path):
     async def scenario(client, engine):
-        engine.stats = STATS
+        engine.request_stats = STATS
         _, whole = await client.post(path, BODIES[path])
         assert whole["metrics"] == {
             "time_to_first_token_ms": 500, "generation_time_ms": 2000, "queue_time_ms": 250, "mean_itl_ms": 500,
@@ -115,10 +115,10 @@ def test_the_times_of_a_request_are_in_its_answer_and_in_the_usage_chunk(serve, 
 @PATHS
 def test_the_drafts_of_a_request_are_in_its_answer_where_there_were_any(serve, path):
     async def scenario(client, engine):
-        engine.stats = dataclasses.replace(STATS, num_draft_tokens=9, num_accepted_tokens=0)
+        engine.request_stats = dataclasses.replace(STATS, num_draft_tokens=9, num_accepted_tokens=0)
         _, whole = await client.post(path, BODIES[path])
         assert (whole["metrics"]["num_draft_tokens"], whole["metrics"]["num_accepted_tokens"]) == (9, 0)
-        engine.stats = STATS
+        engine.request_stats = STATS
         _, whole = await client.post(path, BODIES[path])
         assert not any("draft" in name or "accepted" in name for name in whole["metrics"])
 
@@ -128,7 +128,7 @@ def test_the_drafts_of_a_request_are_in_its_answer_where_there_were_any(serve, p
 @PATHS
 def test_several_sequences_have_no_times_of_their_own(serve, path):
     async def scenario(client, engine):
-        engine.stats = STATS
+        engine.request_stats = STATS
         for body in [{"n": 2}, {"prompt": ["a", "b"]}] if path == COMPLETIONS else [{"n": 2}]:
             assert (await client.post(path, {**BODIES[path], **body}))[1]["metrics"] is None
             events = await client.events(path, {**BODIES[path], **body, "stream_options": {"include_usage": True}})
@@ -140,7 +140,7 @@ def test_several_sequences_have_no_times_of_their_own(serve, path):
 @PATHS
 def test_times_are_told_only_if_the_operator_wants_it(serve, path):
     async def scenario(client, engine):
-        engine.stats = STATS
+        engine.request_stats = STATS
         assert (await client.post(path, BODIES[path]))[1]["metrics"] is None
 
     serve(scenario)

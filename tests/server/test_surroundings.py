@@ -69,7 +69,8 @@ def test_a_root_path_may_come_with_the_request_or_be_stripped(serve):
             assert (await client.post(prefix + COMPLETIONS, {"prompt": "a"}))[0] == 401
             assert (await client.post(prefix + COMPLETIONS, {"prompt": "a"}, headers=key))[0] == 200
             assert (await client.get(prefix + "/v1/models/tiny/model", headers=key))[0] == 200
-        assert (await client.get("/other/health"))[0] == 404
+        assert (await client.get("/other/health"))[0] == 401
+        assert (await client.get("/other/health", headers=key))[0] == 404
 
     serve(scenario, root_path="/api/v", api_keys=("k",))
 

@@ -99,8 +99,8 @@ def test_without_a_tokenizer_both_are_refused(serve):
     serve(scenario)
 
 
-def test_no_key_is_needed(serve):
+def test_no_key_is_needed_where_keys_guard_what_they_do_in_vllm(serve):
     async def scenario(client, _engine):
         assert (await client.post("/tokenize", {"prompt": "a"}))[0] == 200
 
-    serve(scenario, api_keys=("secret",))
+    serve(scenario, api_keys=("secret",), guards_as_vllm=True)

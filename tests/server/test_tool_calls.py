@@ -247,16 +247,6 @@ def test_a_conversation_with_calls_and_results_reaches_the_template(serve):
     serve(scenario, **HERMES)
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
-def test_what_needs_a_grammar_is_refused_with_a_parser_too(serve, choice):
-    async def scenario(client, engine):
-        status, body = await client.post(CHAT, {**ASKS, "tool_choice": choice})
-        assert (status, body["error"]["param"]) == (400, "tool_choice")
-        assert "not supported yet" in body["error"]["message"] and not engine.params
-
-    serve(scenario, **HERMES)
-
-
 def test_a_parser_alone_does_not_allow_auto(serve):
     async def scenario(client, _engine):
         status, body = await client.post(CHAT, ASKS)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
+from ....scheduler.structured_outputs import ReasoningSpan
 from ..events import Emitter
 from ..reasoning_parser import ReasoningParser
 from ..text_stream import SPACE, Markers, Reading, Take, TextStream
@@ -109,6 +110,9 @@ class TagReasoningParser(ReasoningParser):
     @property
     def reasoning_end_str(self) -> str | None:
         return self._ends[0]
+
+    def span(self) -> ReasoningSpan:
+        return ReasoningSpan(ends=list(self._ends), starts=list(self._starts), barred=list(self.calls))
 
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
         """Whether the last tag of the last message is an end tag, or a tool call stands where reasoning did.

@@ -47,7 +47,7 @@ def test_a_wrong_choice_says_what_to_change(value: Any, tools: Any, message: str
 def test_required_is_a_list_of_calls_with_the_definitions_at_the_top() -> None:
     tools = copy.deepcopy(TOOLS)
     schema = tool_choice_schema(ToolChoice("required"), tools)
-    call = {"required": ["name", "parameters"]}
+    call = {"required": ["name", "parameters"], "additionalProperties": False}
     go = {key: value for key, value in PLACE.items() if key != "$defs"}
     assert schema == {
         "type": "array",

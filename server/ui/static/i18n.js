@@ -1,0 +1,358 @@
+// The page's words in English and Chinese. Nodes with data-i18n, data-i18n-label or data-i18n-placeholder follow the
+// language; data-i18n-values holds the numbers and names in a text, as JSON.
+
+import { recall, remember } from "./dom.js";
+
+export const WORDS = {
+  en: {
+    "skip": "Skip to the content",
+    "views": "Views",
+    "chat": "Chat",
+    "engine": "Engine",
+    "status.unknown": "Connecting",
+    "status.loading": "Loading",
+    "status.ready": "Ready",
+    "status.dead": "Engine stopped",
+    "status.unreachable": "No connection",
+    "language.switch": "Switch to Chinese",
+    "theme.auto": "Theme: as the system",
+    "theme.light": "Theme: light",
+    "theme.dark": "Theme: dark",
+    "conversation": "Conversation",
+    "empty.lead": "Ask the model something.",
+    "empty.hint": "Enter sends, Shift+Enter begins a new line, Escape stops an answer.",
+    "prompt.label": "Your message",
+    "prompt.placeholder": "Message the model",
+    "send": "Send",
+    "stop": "Stop",
+    "new": "New chat",
+    "settings": "Settings",
+    "close": "Close",
+    "cancel": "Cancel",
+    "copy": "Copy",
+    "copied": "Copied",
+    "copy.failed": "Not copied",
+    "role.user": "You",
+    "role.assistant": "Model",
+    "edit": "Edit",
+    "edit.label": "Edit this message and ask again from here",
+    "regenerate": "Regenerate",
+    "view.tokens": "Tokens",
+    "view.text": "Text",
+    "raw": "Raw",
+    "raw.label": "Raw request and response",
+    "raw.title": "Request and response",
+    "raw.request": "Request, as curl",
+    "raw.response": "Response, as received",
+    "thinking": "Thinking…",
+    "thought": "Thought for {seconds} s",
+    "tool.call": "Tool call: {name}",
+    "announce.answering": "The model answers.",
+    "announce.done": "The answer is complete: {tokens} tokens.",
+    "announce.stopped": "Stopped.",
+    "answer.stopped": "stopped",
+    "answer.length": "cut at the length limit",
+    "answer.tokens": "{tokens} tokens",
+    "answer.rate": "{rate} tokens/s",
+    "answer.first": "first after {seconds}",
+    "usage": "{used} of {total} tokens of context",
+    "error.title": "The request failed",
+    "error.network": "The server cannot be reached. It may have ended; its log says why.",
+    "error.unauthorized": "The server asks for an API key.",
+    "error.cut": "The connection ended in the middle of the answer.",
+    "token.probability": "Probability",
+    "token.rank": "outside the alternatives shown",
+    "token.none": "No probabilities were asked for; switch them on in the settings.",
+    "token.keys": "Arrow keys go from token to token.",
+    "set.system": "System prompt",
+    "set.system.hint": "Who the model is, and how it should answer",
+    "set.sampling": "Sampling",
+    "set.default": "default",
+    "set.temperature": "Temperature",
+    "set.top_p": "Top p",
+    "set.top_k": "Top k",
+    "set.min_p": "Min p",
+    "set.max_tokens": "Max tokens",
+    "set.seed": "Seed",
+    "set.presence_penalty": "Presence penalty",
+    "set.frequency_penalty": "Frequency penalty",
+    "set.repetition_penalty": "Repetition penalty",
+    "set.stop": "Stop at",
+    "set.stop.hint": "One text per line",
+    "set.inspect": "Inspection",
+    "set.logprobs": "Token probabilities",
+    "set.top_logprobs": "Alternatives per token",
+    "set.reset": "Back to the defaults",
+    "key.button": "API key",
+    "key.title": "This server asks for an API key",
+    "key.text": "It stays in this tab and is forgotten when the tab is closed.",
+    "key.label": "API key",
+    "key.wrong": "The server does not accept this key.",
+    "key.use": "Use it",
+    "live.connecting": "Connecting to the engine…",
+    "live.loading": "The engine is loading. Its numbers appear when it is ready.",
+    "live.dead": "The engine has stopped. {message}",
+    "live.lost": "No connection to the server; trying again. What you see is from before.",
+    "tile.running": "Running",
+    "tile.waiting": "Waiting",
+    "tile.generation": "Generated, tokens/s",
+    "tile.prompt": "Prompts, tokens/s",
+    "tile.first": "First token, median",
+    "tile.per_token": "Per token",
+    "tile.kv": "KV blocks in use",
+    "tile.prefix": "Prefix cache hits",
+    "chart.requests": "Requests",
+    "chart.requests.running": "running",
+    "chart.requests.waiting": "waiting",
+    "chart.tokens": "Tokens per second",
+    "chart.tokens.generation": "generated",
+    "chart.tokens.prompt": "prompt",
+    "chart.kv": "KV blocks",
+    "chart.kv.used": "in use",
+    "chart.kv.cached": "cached",
+    "chart.kv.free": "{free} free",
+    "chart.batch": "Batch and gear",
+    "chart.batch.batch": "batch",
+    "chart.batch.gear": "gear",
+    "chart.first": "First token (TTFT)",
+    "chart.first.median": "median",
+    "chart.first.worst": "longest",
+    "chart.per_token": "Per token (TPOT)",
+    "chart.per_token.token": "mean",
+    "chart.per_token.step": "step",
+    "chart.gears": "Steps by gear, last two minutes",
+    "chart.gears.none": "no graph",
+    "chart.gears.empty": "No steps yet.",
+    "chart.drafts": "Speculation: drafts accepted",
+    "chart.drafts.rate": "accepted",
+    "chart.drafts.position": "draft {position}",
+    "chart.drafts.empty": "No drafts yet.",
+    "chart.drafts.off": "Speculation is off.",
+    "chart.start": "Start-up",
+    "chart.start.process": "Process",
+    "chart.start.phase": "Phase",
+    "chart.start.seconds": "Seconds",
+    "chart.start.bytes": "Size",
+    "chart.start.waiting": "The engine is not ready yet.",
+    "chart.keys": "{title}. Left and right arrow keys read the values.",
+    "chart.now": "now",
+    "chart.ago": "−{seconds} s",
+    "facts": "Facts",
+    "facts.version": "omni-engine",
+    "facts.context": "Longest sequence",
+    "facts.blocks": "KV blocks",
+    "facts.block_size": "Tokens per block",
+    "facts.capacity": "KV capacity",
+    "facts.gears": "Gears",
+    "facts.drafts": "Drafts at most",
+    "facts.none": "none",
+    "facts.tokens": "{tokens} tokens",
+    "preemptions": "{count} preemptions in the last two minutes",
+  },
+  zh: {
+    "skip": "跳到内容",
+    "views": "视图",
+    "chat": "对话",
+    "engine": "引擎",
+    "status.unknown": "连接中",
+    "status.loading": "加载中",
+    "status.ready": "就绪",
+    "status.dead": "引擎已停止",
+    "status.unreachable": "无连接",
+    "language.switch": "切换到英文",
+    "theme.auto": "主题：跟随系统",
+    "theme.light": "主题：浅色",
+    "theme.dark": "主题：深色",
+    "conversation": "对话记录",
+    "empty.lead": "向模型提问吧。",
+    "empty.hint": "Enter 发送，Shift+Enter 换行，Esc 停止回答。",
+    "prompt.label": "你的消息",
+    "prompt.placeholder": "给模型发消息",
+    "send": "发送",
+    "stop": "停止",
+    "new": "新对话",
+    "settings": "设置",
+    "close": "关闭",
+    "cancel": "取消",
+    "copy": "复制",
+    "copied": "已复制",
+    "copy.failed": "复制失败",
+    "role.user": "你",
+    "role.assistant": "模型",
+    "edit": "编辑",
+    "edit.label": "编辑这条消息，并从这里重新提问",
+    "regenerate": "重新生成",
+    "view.tokens": "词元",
+    "view.text": "文本",
+    "raw": "原始",
+    "raw.label": "原始请求与响应",
+    "raw.title": "请求与响应",
+    "raw.request": "请求（curl）",
+    "raw.response": "收到的响应",
+    "thinking": "思考中…",
+    "thought": "思考了 {seconds} 秒",
+    "tool.call": "工具调用：{name}",
+    "announce.answering": "模型正在回答。",
+    "announce.done": "回答完成：{tokens} 个词元。",
+    "announce.stopped": "已停止。",
+    "answer.stopped": "已停止",
+    "answer.length": "达到长度上限",
+    "answer.tokens": "{tokens} 个词元",
+    "answer.rate": "{rate} 词元/秒",
+    "answer.first": "首词元 {seconds}",
+    "usage": "上下文已用 {used} / {total} 个词元",
+    "error.title": "请求失败",
+    "error.network": "无法连接服务器。它可能已经退出，原因见其日志。",
+    "error.unauthorized": "服务器需要 API 密钥。",
+    "error.cut": "回答尚未结束，连接就中断了。",
+    "token.probability": "概率",
+    "token.rank": "不在所列候选之中",
+    "token.none": "没有请求概率；可在设置中打开。",
+    "token.keys": "用方向键在词元之间移动。",
+    "set.system": "系统提示词",
+    "set.system.hint": "模型是谁，应当如何回答",
+    "set.sampling": "采样",
+    "set.default": "默认",
+    "set.temperature": "温度",
+    "set.top_p": "Top p",
+    "set.top_k": "Top k",
+    "set.min_p": "Min p",
+    "set.max_tokens": "最多词元",
+    "set.seed": "随机种子",
+    "set.presence_penalty": "存在惩罚",
+    "set.frequency_penalty": "频率惩罚",
+    "set.repetition_penalty": "重复惩罚",
+    "set.stop": "停止文本",
+    "set.stop.hint": "每行一条",
+    "set.inspect": "检查",
+    "set.logprobs": "词元概率",
+    "set.top_logprobs": "每个词元的候选数",
+    "set.reset": "恢复默认",
+    "key.button": "API 密钥",
+    "key.title": "此服务器需要 API 密钥",
+    "key.text": "密钥只留在这个标签页，关闭后即忘记。",
+    "key.label": "API 密钥",
+    "key.wrong": "服务器不接受这个密钥。",
+    "key.use": "使用",
+    "live.connecting": "正在连接引擎…",
+    "live.loading": "引擎正在加载，就绪后显示数据。",
+    "live.dead": "引擎已停止。{message}",
+    "live.lost": "与服务器的连接已断开，正在重试。所示为之前的数据。",
+    "tile.running": "运行中",
+    "tile.waiting": "等待中",
+    "tile.generation": "生成，词元/秒",
+    "tile.prompt": "提示，词元/秒",
+    "tile.first": "首词元，中位数",
+    "tile.per_token": "每词元",
+    "tile.kv": "使用中的 KV 块",
+    "tile.prefix": "前缀缓存命中",
+    "chart.requests": "请求",
+    "chart.requests.running": "运行中",
+    "chart.requests.waiting": "等待中",
+    "chart.tokens": "每秒词元数",
+    "chart.tokens.generation": "生成",
+    "chart.tokens.prompt": "提示",
+    "chart.kv": "KV 块",
+    "chart.kv.used": "使用中",
+    "chart.kv.cached": "缓存",
+    "chart.kv.free": "{free} 空闲",
+    "chart.batch": "批大小与档位",
+    "chart.batch.batch": "批大小",
+    "chart.batch.gear": "档位",
+    "chart.first": "首词元 (TTFT)",
+    "chart.first.median": "中位数",
+    "chart.first.worst": "最长",
+    "chart.per_token": "每词元 (TPOT)",
+    "chart.per_token.token": "平均",
+    "chart.per_token.step": "单步",
+    "chart.gears": "各档位步数（最近两分钟）",
+    "chart.gears.none": "无图",
+    "chart.gears.empty": "尚无步骤。",
+    "chart.drafts": "投机解码：接受的草稿",
+    "chart.drafts.rate": "接受率",
+    "chart.drafts.position": "草稿 {position}",
+    "chart.drafts.empty": "尚无草稿。",
+    "chart.drafts.off": "投机解码未启用。",
+    "chart.start": "启动",
+    "chart.start.process": "进程",
+    "chart.start.phase": "阶段",
+    "chart.start.seconds": "秒",
+    "chart.start.bytes": "大小",
+    "chart.start.waiting": "引擎尚未就绪。",
+    "chart.keys": "{title}。用左右方向键读取数值。",
+    "chart.now": "现在",
+    "chart.ago": "−{seconds} 秒",
+    "facts": "概况",
+    "facts.version": "omni-engine",
+    "facts.context": "最长序列",
+    "facts.blocks": "KV 块",
+    "facts.block_size": "每块词元",
+    "facts.capacity": "KV 容量",
+    "facts.gears": "档位",
+    "facts.drafts": "草稿上限",
+    "facts.none": "无",
+    "facts.tokens": "{tokens} 个词元",
+    "preemptions": "最近两分钟抢占 {count} 次",
+  },
+};
+
+const LANGUAGES = { en: "en", zh: "zh-Hans" };
+let language = recall("language") in WORDS ? recall("language") : navigator.language.startsWith("zh") ? "zh" : "en";
+const listeners = [];
+
+export const currentLanguage = () => language;
+
+/** Calls `listener` whenever the language changes. */
+export function onLanguage(listener) {
+  listeners.push(listener);
+}
+
+/** The text `key`, with its {names} filled from `values`. */
+export function text(key, values = {}) {
+  const words = WORDS[language][key] ?? WORDS.en[key] ?? key;
+  return words.replace(/\{(\w+)\}/g, (whole, name) => (name in values ? String(values[name]) : whole));
+}
+
+/** Gives `node` the text `key`, now and after a change of the language. */
+export function label(node, key, values = {}) {
+  node.dataset.i18n = key;
+  node.dataset.i18nValues = JSON.stringify(values);
+  node.textContent = text(key, values);
+  return node;
+}
+
+export function setLanguage(wanted) {
+  language = wanted;
+  remember("language", wanted);
+  translate(document);
+  for (const listener of listeners) {
+    listener();
+  }
+}
+
+/** Puts every marked node under `root` into the current language. */
+export function translate(root) {
+  document.documentElement.lang = LANGUAGES[language];
+  for (const node of root.querySelectorAll("[data-i18n]")) {
+    node.textContent = text(node.dataset.i18n, JSON.parse(node.dataset.i18nValues ?? "{}"));
+  }
+  for (const node of root.querySelectorAll("[data-i18n-label]")) {
+    node.setAttribute("aria-label", text(node.dataset.i18nLabel));
+    if (node.tagName === "BUTTON") {
+      node.title = text(node.dataset.i18nLabel);
+    }
+  }
+  for (const node of root.querySelectorAll("[data-i18n-placeholder]")) {
+    node.placeholder = text(node.dataset.i18nPlaceholder);
+  }
+}
+
+/** A number for people. */
+export function number(value, digits = 0, least = 0) {
+  return value.toLocaleString(LANGUAGES[language], { maximumFractionDigits: digits, minimumFractionDigits: least });
+}
+
+/** A time in seconds as ms or s. */
+export function duration(seconds) {
+  return seconds < 1 ? `${number(seconds * 1000, seconds < 0.01 ? 1 : 0)} ms` : `${number(seconds, 2)} s`;
+}
