@@ -13,7 +13,9 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from ..models.config import ModelConfig
+from ..models.pooling_config import PoolingConfig
 from ..models.tokenizer import Tokenizer
+from ..scheduler.pooling_params import PoolingParams
 from ..scheduler.sampling_params import SamplingParams
 from .config import EngineArgs, EngineConfig
 from .core_client import CoreClient
@@ -27,6 +29,8 @@ from .messages import Abort, Add, CoreInfo, ResetPrefixCache, Updates
 from .metrics import EngineMetrics
 from .outputs import RequestOutput
 from .phases import PhaseTimer, phase_records, phase_table
+from .pooling_input import PoolingInputProcessor
+from .pooling_outputs import PoolingOutput, PoolingRequestOutput
 from .stats_log import StatsLog
 
 logger = logging.getLogger(__name__)
@@ -72,7 +76,7 @@ class AsyncEngine:
         self._stats: dict[str, Any] = {}
         self._stats_log = None if args.disable_log_stats else StatsLog(time.monotonic())
         self._dead_error: EngineDeadError | None = None
-        self._streams: dict[str, asyncio.Queue[RequestOutput | Exception]] = {}
+        self._streams: dict[str, asyncio.Queue[Any]] = {}
         self._closing = False
         self._request_ids = itertools.count()
 
@@ -152,6 +156,11 @@ class AsyncEngine:
         return self.config.model
 
     @property
+    def pooling_config(self) -> PoolingConfig | None:
+        """How the model pools; None where it generates."""
+        return self.config.pooling
+
+    @property
     def tokenizer(self) -> Tokenizer | None:
         return self._loaded_front.tokenizer
 
@@ -209,6 +218,50 @@ class AsyncEngine:
         finally:
             self._forget(request.key)
 
+    async def encode(
+        self,
+        prompt: Any,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[PoolingRequestOutput[PoolingOutput]]:
+        """The output of one request to a pooling model; prompts as `PoolingInputProcessor` takes them. Errors as of
+        `generate`."""
+        await self.wait_ready()
+        if self._closing:
+            raise EngineShutdownError(SHUTDOWN_MESSAGE)
+        if request_id is None:
+            request_id = str(next(self._request_ids))
+        request = await self._process_pooling(request_id, prompt, pooling_params or PoolingParams(), priority)
+        try:
+            item = await self._submit(request).get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+        finally:
+            self._forget(request.key)
+
+    async def _process_pooling(
+        self, request_id: str, prompt: Any, params: PoolingParams, priority: int
+    ) -> ProcessedRequest:
+        inputs = self._loaded_inputs
+        if not isinstance(inputs, PoolingInputProcessor):
+            return inputs.process(request_id, prompt, params)  # which says what is wrong
+        if is_conversation(prompt):
+            prompt = {"messages": prompt, "add_generation_prompt": False}
+        if isinstance(prompt, Mapping) and "messages" in prompt:
+            prompt = await asyncio.to_thread(self._loaded_front.read_chat, prompt)
+        params = inputs.complete(params)
+        texts = (prompt.get("prompt"), prompt.get("text_pair")) if isinstance(prompt, Mapping) else (prompt,)
+        if sum(len(text) for text in texts if isinstance(text, str)) > INLINE_ENCODE_CHARACTERS:
+            tokenized = await asyncio.to_thread(inputs.tokenize, prompt, params)
+        else:
+            tokenized = inputs.tokenize(prompt, params)
+        if self._dead_error is not None:
+            raise self._dead_error
+        return inputs.admit(request_id, tokenized, params, priority=priority)
+
     async def _process(
         self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int
     ) -> ProcessedRequest:
@@ -224,10 +277,10 @@ class AsyncEngine:
             raise self._dead_error
         return self._loaded_inputs.process(request_id, prompt, params, priority=priority)
 
-    def _submit(self, request: ProcessedRequest) -> asyncio.Queue[RequestOutput | Exception]:
+    def _submit(self, request: ProcessedRequest) -> asyncio.Queue[Any]:
         assert self._client is not None
         self._loaded_front.outputs.add(request)
-        stream: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+        stream: asyncio.Queue[Any] = asyncio.Queue()
         self._streams[request.key] = stream
         if self._metrics is not None:
             self._metrics.add(request.core_requests)
@@ -256,6 +309,11 @@ class AsyncEngine:
         if len(text) > INLINE_ENCODE_CHARACTERS:
             return await asyncio.to_thread(inputs.encode, text, add_special_tokens=add_special_tokens)
         return inputs.encode(text, add_special_tokens=add_special_tokens)
+
+    async def render_pair(self, query: str, document: str, chat_template: str) -> str:
+        """One prompt of a query and a document; see `Front.render_pair`. Raises ValueError."""
+        await self.wait_ready()
+        return await asyncio.to_thread(self._loaded_front.render_pair, query, document, chat_template)
 
     async def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The prompt text of a conversation; see `Front.render_chat`. Raises ValueError."""

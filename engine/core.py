@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 from ..scheduler.plan import StepOutput, StepPlan
 from ..scheduler.request import RequestInput, RequestUpdate
@@ -14,6 +15,8 @@ from .config import EngineConfig
 from .messages import CoreInfo
 from .model_runner import ModelRunner
 from .phases import PhaseTimer
+from .pooling_runner import PoolingRunner
+from .pooling_startup import load_pooling_parts
 from .startup import load_core_parts
 
 
@@ -25,9 +28,11 @@ class EngineCore:
     CPU, whose operations do not return before they are done, the steps run in a thread of their own.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, info: CoreInfo, *, overlap: bool = False) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: ModelRunner | PoolingRunner, info: CoreInfo, *, overlap: bool = False
+    ) -> None:
         self.scheduler = scheduler
-        self.runner = runner
+        self.runner: Any = runner
         self.info = info
         self._max_in_flight = 2 if overlap else 1
         self._in_flight: deque[tuple[StepPlan, Callable[[], StepOutput]]] = deque()
@@ -41,8 +46,12 @@ class EngineCore:
     ) -> EngineCore:
         """Load weights and allocate the cache; raises with a message that says what to change. `acceptance_rates`, for
         benchmarks only: drafts are accepted by lot, and the tokens mean nothing."""
-        parts = load_core_parts(config, timer or PhaseTimer(), acceptance_rates)
-        info = CoreInfo(parts.max_model_len, parts.num_blocks, config.block_size)
+        timer = timer or PhaseTimer()
+        if config.pooling is None:
+            parts = load_core_parts(config, timer, acceptance_rates)
+        else:
+            parts = load_pooling_parts(config, timer)
+        info = CoreInfo(parts.max_model_len, parts.num_blocks, parts.scheduler.kv.block_size)
         return cls(parts.scheduler, parts.runner, info, overlap=config.args.async_scheduling)
 
     def add(self, request: RequestInput) -> list[RequestUpdate]:
@@ -78,7 +87,7 @@ class EngineCore:
         """Wait for the steps in flight and stop everything in the background. Nothing may be called afterwards."""
         if self._thread is not None:
             self._thread.shutdown()
-        self.runner.graphs.close()
+        self.runner.close()
 
     @property
     def has_unfinished(self) -> bool:

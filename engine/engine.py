@@ -6,11 +6,13 @@ import dataclasses
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from ..models.tokenizer import Tokenizer
+from ..scheduler.pooling_params import PoolingParams
 from ..scheduler.request import RequestUpdate
 from ..scheduler.sampling_params import RequestOutputKind, SamplingParams, ValidationError
 from ..scheduler.scheduler import SchedulerStats
@@ -18,8 +20,12 @@ from .config import EngineArgs, EngineConfig
 from .core import EngineCore
 from .errors import EngineDeadError
 from .front import Front
-from .inputs import PromptType, as_prompt_list
+from .inputs import PromptType, as_prompt_list, is_conversation
 from .outputs import RequestOutput
+from .pooling_outputs import PoolingOutput, PoolingRequestOutput, ScoringOutput
+from .scoring import plan_scores
+
+_Request = tuple[PromptType, SamplingParams | PoolingParams, int]  # and its priority
 
 
 class Engine:
@@ -47,8 +53,8 @@ class Engine:
         self._inputs = self._front.input_processor(self._core.info.max_model_len)
         self._dead: EngineDeadError | None = None
         self._num_prompts = 0  # of generate and stream; their request ids count on from here
-        self._step_inbox: deque[RequestOutput] = deque()  # of the requests of add_request, for step to tell
-        self._inboxes: dict[str, deque[RequestOutput]] = {}  # by request key: where its outputs go
+        self._step_inbox: deque[Any] = deque()  # of the requests of add_request, for step to tell
+        self._inboxes: dict[str, deque[Any]] = {}  # by request key: where its outputs go
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> Engine:
@@ -117,13 +123,44 @@ class Engine:
             (prompt, params.clone(output_kind=RequestOutputKind.FINAL_ONLY), level)
             for prompt, params, level in self._pair(prompts, sampling_params, priority)
         ]
+        return self._run_all(requests, use_tqdm)
+
+    def _run_all(self, requests: Sequence[_Request], use_tqdm: bool) -> list[Any]:
+        """The last outputs of these requests, in their order."""
         first = self._num_prompts
-        finals: dict[int, RequestOutput] = {}
+        finals: dict[int, Any] = {}
         with tqdm(total=len(requests), desc="Processed prompts", unit="prompt", disable=not use_tqdm) as bar:
             for output in self._run(requests):
                 finals[int(output.request_id) - first] = output
                 bar.update()
         return [finals[index] for index in range(len(requests))]
+
+    def encode(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+        priority: Sequence[int] | None = None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """Pool every prompt; outputs are in the order of the prompts. For engines whose runner is pooling."""
+        return self._run_all(self._pair_pooling(prompts, pooling_params, priority), use_tqdm)
+
+    def score(
+        self,
+        queries: str | Sequence[str],
+        documents: str | Sequence[str],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = False,
+        chat_template: str | None = None,
+    ) -> list[PoolingRequestOutput[ScoringOutput]]:
+        """How alike one query and every document are, or as many queries and documents in pairs. `chat_template`
+        writes the two as one prompt, from messages of the roles query and document."""
+        render = None if chat_template is None else partial(self._front.render_pair, chat_template=chat_template)
+        plan = plan_scores(self.config.pooling, queries, documents, render)
+        prompts: list[Any] = plan.prompts
+        return plan.scores(self.encode(prompts, plan.params(pooling_params), use_tqdm=use_tqdm))
 
     def stream(
         self,
@@ -153,10 +190,10 @@ class Engine:
         """Raise if a KV block is lost, doubly used or held by no request."""
         self._core.scheduler.check_integrity()
 
-    def _run(self, requests: Sequence[tuple[PromptType, SamplingParams, int]]) -> Iterator[RequestOutput]:
+    def _run(self, requests: Sequence[_Request]) -> Iterator[Any]:
         """Outputs of these requests and no others. Their ids are the next numbers from `_num_prompts` on."""
         self._check_alive()
-        inbox: deque[RequestOutput] = deque()
+        inbox: deque[Any] = deque()
         ids = [str(self._num_prompts + index) for index in range(len(requests))]
         self._num_prompts += len(requests)
         keys: dict[str, None] = {}
@@ -176,7 +213,12 @@ class Engine:
                 self._forget(key)
 
     def _submit(
-        self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int, inbox: deque[RequestOutput]
+        self,
+        request_id: str,
+        prompt: PromptType,
+        params: SamplingParams | PoolingParams,
+        priority: int,
+        inbox: deque[Any],
     ) -> str:
         request = self._inputs.process(request_id, self._front.read_chat(prompt), params, priority=priority)
         self._front.outputs.add(request)
@@ -237,18 +279,45 @@ class Engine:
                 parameter="sampling_params",
                 value=sampling_params,
             )
-        levels = [0] * len(many) if priority is None else list(priority)
-        for name, values in (("sampling_params", params), ("priority", levels)):
-            if len(values) != len(many):
-                raise ValidationError(
-                    f"The lengths of prompts ({len(many)}) and {name} ({len(values)}) must be the same.", parameter=name
-                )
-        return list(zip(many, params, levels, strict=True))
+        return _zipped(many, params, priority, "sampling_params")
+
+    def _pair_pooling(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None,
+        priority: Sequence[int] | None,
+    ) -> list[_Request]:
+        # A conversation ends with what was said, and not with the beginning of an answer.
+        many: list[Any] = [
+            {"messages": prompt, "add_generation_prompt": False} if is_conversation(prompt) else prompt
+            for prompt in as_prompt_list(prompts)
+        ]
+        if pooling_params is None or isinstance(pooling_params, PoolingParams):
+            params = [pooling_params or PoolingParams()] * len(many)
+        elif isinstance(pooling_params, Sequence) and all(isinstance(p, PoolingParams) for p in pooling_params):
+            params = list(pooling_params)
+        else:
+            raise ValidationError(
+                "pooling_params must be PoolingParams, or a list with one for each prompt",
+                parameter="pooling_params",
+                value=pooling_params,
+            )
+        return _zipped(many, params, priority, "pooling_params")
+
+
+def _zipped(prompts: list[Any], params: list[Any], priority: Sequence[int] | None, name: str) -> list[Any]:
+    """Prompts with their parameters and priorities; raises `ValidationError` where they are not as many."""
+    levels = [0] * len(prompts) if priority is None else list(priority)
+    for what, values in ((name, params), ("priority", levels)):
+        if len(values) != len(prompts):
+            raise ValidationError(
+                f"The lengths of prompts ({len(prompts)}) and {what} ({len(values)}) must be the same.", parameter=what
+            )
+    return list(zip(prompts, params, levels, strict=True))
 
 
 # vLLM's arguments that are not ours, with the values under which they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "convert": ("auto", "none"),
     "cpu_offload_gb": (0,),
     "distributed_executor_backend": (None, "uni", "mp"),
     "enable_lora": (False, None),
@@ -258,7 +327,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_processors": (None,),
     "max_lora_rank": (None, 16),
     "model_impl": ("auto",),
-    "runner": ("auto", "generate"),
     "speculative_config": (None,),
     "structured_outputs_config": (None,),
     "swap_space": (0, 4),

@@ -146,6 +146,10 @@ class ModelRunner:
         assert step.output is not None
         return step.output
 
+    def close(self) -> None:
+        """End what makes graphs in the background."""
+        self.graphs.close()
+
     def _settle(self, step: DispatchedStep) -> None:
         plan = step.plan
         token_ids: list[list[int]] = [[] for _ in plan.rows]

@@ -27,6 +27,7 @@ from .config import EngineConfig
 from .graph_startup import GraphShape, start_graphs
 from .model_runner import ModelRunner
 from .phases import PhaseTimer
+from .pooling_runner import PoolingRunner
 
 logger = logging.getLogger(__name__)
 GIB = 1 << 30
@@ -42,7 +43,7 @@ class CoreParts:
     """What an engine core is made of."""
 
     scheduler: Scheduler
-    runner: ModelRunner
+    runner: ModelRunner | PoolingRunner
     max_model_len: int
     num_blocks: int
 
@@ -70,21 +71,12 @@ def load_core_parts(
     models = load_models(config, device)
     logger.info("weights loaded in %.1f s", time.monotonic() - start)
     timer.done("weights", weight_bytes)
-    budget = _size_cache(config, spec, device, max_num_seqs, workspace)
+    budget = size_cache(config, spec, device, max_num_seqs, workspace)
     logger.info("memory on %s:\n%s", device, budget.table(weight_bytes, workspace))
     manager = KVCacheManager(
         spec, budget.num_blocks, budget.block_size, enable_prefix_caching=config.args.enable_prefix_caching
     )
-    scheduler_config = SchedulerConfig(
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=budget.max_model_len,
-        enable_chunked_prefill=config.args.enable_chunked_prefill,
-        long_prefill_token_threshold=config.args.long_prefill_token_threshold,
-        policy=config.args.scheduling_policy,
-        max_num_queued_reqs=config.args.max_num_queued_reqs,
-        max_num_queued_tokens=config.args.max_num_queued_tokens,
-    )
+    limits = scheduler_config(config, max_num_seqs, budget.max_model_len)
     parts = allocate_kv_tensors(spec, budget.num_blocks, budget.block_size, device)
     runner = ModelRunner(
         models.decoder,
@@ -102,7 +94,21 @@ def load_core_parts(
     start_graphs(config, models, runner.graphs, shape, acceptance_rates)
     timer.done("graphs")
     depth = None if config.speculation is None else DraftDepth(config.speculation.choice.depths)
-    return CoreParts(Scheduler(scheduler_config, manager, depth), runner, budget.max_model_len, budget.num_blocks)
+    return CoreParts(Scheduler(limits, manager, depth), runner, budget.max_model_len, budget.num_blocks)
+
+
+def scheduler_config(config: EngineConfig, max_num_seqs: int, max_model_len: int) -> SchedulerConfig:
+    """The limits of an engine whose longest sequence has `max_model_len` tokens."""
+    return SchedulerConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        enable_chunked_prefill=config.args.enable_chunked_prefill,
+        long_prefill_token_threshold=config.args.long_prefill_token_threshold,
+        policy=config.args.scheduling_policy,
+        max_num_queued_reqs=config.args.max_num_queued_reqs,
+        max_num_queued_tokens=config.args.max_num_queued_tokens,
+    )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -147,7 +153,7 @@ def available_bytes(device: torch.device, utilization: float) -> int:
     return max(0, available)
 
 
-def _size_cache(
+def size_cache(
     config: EngineConfig, spec: KVCacheSpec, device: torch.device, max_num_seqs: int, workspace: int
 ) -> KVCacheBudget:
     """The cache by the caller's number of bytes or blocks, or from the memory that is free with the weights loaded."""

@@ -25,6 +25,7 @@ class ForwardContext:
     prefill_query_lens: tuple[int, ...] = ()  # tokens of requests [num_decode, requests)
     prefill_context_lens: tuple[int, ...] = ()  # their context_lens, on the host
     tokens_per_request: int = 1  # of those that decode
+    token_types: Tensor | None = None  # int64 [tokens], of an encoder that tells segments apart; None: all 0
 
     @property
     def num_decode_tokens(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from .pooling_params import Pooled, PoolingParams
 from .sampling_params import SamplingParams
 
 
@@ -27,6 +28,8 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     eos_token_ids: list[int]  # ids that end a sequence, masked until min_tokens is reached
     bad_words_token_ids: list[list[int]]
     prompt_logprobs_start: int  # prompt positions before this one have been reported already
+    pooling: PoolingParams | None = None  # its prompt is pooled; then nothing is sampled
+    segment_start: int | None = None  # tokens from here on are of the second segment (token type 1)
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -39,7 +42,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_computed: list[int]  # tokens whose KV is stored before this step; of an entry that decodes, at least so many
     num_tokens: list[int]  # tokens computed in this step: positions [num_computed, num_computed + num_tokens)
     new_block_ids: list[list[int]]  # appended to the row's block table before the step
-    samples: list[bool]  # whether the entry reaches its last known token and so samples the next one
+    samples: list[bool]  # whether the entry reaches its last known token and so samples the next one, or is pooled
     num_decode: int = 0  # entries [0, num_decode) decode: they compute their newest token, and the drafts behind it
     num_drafts: int = 0  # that each of them verifies, and that are made for the next step
 
@@ -66,3 +69,4 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt_logprobs: dict[int, list[TokenLogprobs]]  # entry -> one item per prompt position newly reported
     num_drafts: list[int] = []  # per entry that decodes: drafts that were there to be verified; none without drafts
     seconds: float = 0.0  # the step took on the device
+    pooled: dict[int, Pooled] = {}  # entry -> what its prompt came to, in the place of tokens
