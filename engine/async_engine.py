@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -31,6 +32,7 @@ from .outputs import RequestOutput
 from .phases import PhaseTimer, phase_records, phase_table
 from .pooling_input import PoolingInputProcessor
 from .pooling_outputs import PoolingOutput, PoolingRequestOutput
+from .scoring import ScoringPlan, plan_scores
 from .stats_log import StatsLog
 
 logger = logging.getLogger(__name__)
@@ -310,10 +312,15 @@ class AsyncEngine:
             return await asyncio.to_thread(inputs.encode, text, add_special_tokens=add_special_tokens)
         return inputs.encode(text, add_special_tokens=add_special_tokens)
 
-    async def render_pair(self, query: str, document: str, chat_template: str) -> str:
-        """One prompt of a query and a document; see `Front.render_pair`. Raises ValueError."""
+    async def plan_scores(
+        self, queries: str | Sequence[str], documents: str | Sequence[str], chat_template: str | None = None
+    ) -> ScoringPlan:
+        """What to `encode` in order to score queries and documents; see `scoring.plan_scores`. Raises ValueError."""
         await self.wait_ready()
-        return await asyncio.to_thread(self._loaded_front.render_pair, query, document, chat_template)
+        render = None
+        if chat_template is not None:
+            render = partial(self._loaded_front.render_pair, chat_template=chat_template)
+        return await asyncio.to_thread(plan_scores, self.pooling_config, queries, documents, render)
 
     async def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The prompt text of a conversation; see `Front.render_chat`. Raises ValueError."""

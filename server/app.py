@@ -16,6 +16,7 @@ from .cors import install, preflight
 from .errors import json_response
 from .http_metrics import HttpMetrics
 from .middleware import api_key_guard, errors, load_tracker, observer
+from .pooling_routes import add_pooling_routes
 from .responses import ModelCard, ModelList
 from .settings import ServerSettings
 from .tokenization import detokenize, tokenize
@@ -59,6 +60,7 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
                 web.post(f"{prefix}/detokenize", detokenize),
             ]
         )
+        add_pooling_routes(app, prefix)
     if settings.cors.origins:
         install(settings.cors, app)
     if settings.enable_request_id_headers:
