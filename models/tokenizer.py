@@ -82,6 +82,7 @@ class Tokenizer:
         special tokens stay. ValueError where `max_tokens` has no room for these.
         """
         backend = self._backend
+        pair = pair or None  # as transformers has it: an empty second text is none
         with _readable(text + (pair or "")):
             if max_tokens is None:
                 whole = backend.encode(text, pair, add_special_tokens=add_special_tokens)

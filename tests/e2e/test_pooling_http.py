@@ -31,7 +31,7 @@ class Server:
             self.port = probe.getsockname()[1]
         command = "from omni_engine.server.cli import main; import sys; sys.exit(main())"
         words = [sys.executable, "-c", command, "serve", "--host", "127.0.0.1", "--port", str(self.port)]
-        self.process = subprocess.Popen([*words, "--served-model-name", "tiny", *flags])
+        self.process = subprocess.Popen([*words, *flags, "--served-model-name", "tiny"])
 
     def call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -65,9 +65,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def embedder(make_pooling_checkpoint: Callable[..., Path]) -> Path:
-    return make_pooling_checkpoint(
-        "Qwen3ForCausalLM", MODULES, PROMPTS, "Qwen3Model", matryoshka_dimensions=[8, 32]
-    )
+    return make_pooling_checkpoint("Qwen3ForCausalLM", MODULES, PROMPTS, "Qwen3Model", matryoshka_dimensions=[8, 32])
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +177,7 @@ def test_embeddings_score_by_their_cosine(servers: dict[str, Server]) -> None:
 
 def test_documents_are_ranked_by_their_score(servers: dict[str, Server]) -> None:
     server = servers["score"]
-    scores = [
-        item["score"] for item in server.post("/v1/score", {"queries": "Where?", "documents": TEXTS})[1]["data"]
-    ]
+    scores = [item["score"] for item in server.post("/v1/score", {"queries": "Where?", "documents": TEXTS})[1]["data"]]
     assert len(set(scores)) == 3 and all(0 < score < 1 for score in scores)
     order = sorted(range(3), key=lambda place: -scores[place])
     for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
