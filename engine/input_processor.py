@@ -67,7 +67,7 @@ class InputProcessor:
     ) -> ProcessedRequest:
         """Check, tokenize and complete one request; raises `ValidationError`."""
         if not isinstance(params, SamplingParams):
-            raise WrongRunnerError("this model generates; start the engine with runner pooling to pool prompts")
+            raise WrongRunnerError("this model generates; pooling its prompts needs --runner pooling")
         text, token_ids, cache_salt = self._read_prompt(prompt)
         self._check_priority(priority)
         params.check_vocabulary(self.vocab_size, self.max_logprobs)

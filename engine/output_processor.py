@@ -295,7 +295,7 @@ class ProcessedUpdates:
 
 def _failure(update: RequestUpdate) -> Exception:
     if update.finish_reason == "abort":
-        return RequestFailedError("the request was aborted before it was computed")
+        return RequestRejectedError("the request was aborted before it was computed; send it again")
     message = update.error or "the engine gave no reason"
     if update.error_kind == "queue_full":
         return RequestRejectedError(message)

@@ -15,8 +15,7 @@ from ..scheduler.sampling_params import SamplingParams, ValidationError
 from .errors import WrongRunnerError
 from .input_processor import MAX_CHARACTERS_PER_TOKEN, InputProcessor, ProcessedRequest
 
-# What the scheduler and its metrics see of sampling: one step, and no token.
-_NO_SAMPLING = SamplingParams(temperature=0.0, max_tokens=1, seed=0)
+_NO_SAMPLING = SamplingParams(temperature=0.0, max_tokens=None, seed=0)
 _OWN_KEYS = ("text_pair", "add_special_tokens", "truncation_side", "prompt_name")
 
 

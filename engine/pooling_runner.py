@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Thread
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -103,6 +104,11 @@ class PoolingRunner:
         """Wait for what works in the background."""
         if self._kernels is not None:
             self._kernels.join()
+
+    @property
+    def graphs(self) -> NoReturn:
+        """For whoever asks a core for its graphs."""
+        raise ValueError(f"a pooling model has no decode steps, and so no graphs: {self.model.config.architecture}")
 
     def _apply(self, plan: StepPlan) -> None:
         for row in plan.released_rows:

@@ -64,7 +64,7 @@ def plan_scores(
     `ValidationError` for numbers of texts that do not pair, and for a model that does not score.
     """
     if pooling is None:
-        raise WrongRunnerError("this model generates; start the engine with runner pooling to score")
+        raise WrongRunnerError("this model generates; scores need --runner pooling")
     first, second = _texts(queries, "queries"), _texts(documents, "documents")
     if len(first) > 1 and len(first) != len(second):
         raise ValidationError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint, read_json
 from .config import ModelConfig
-from .config_parsers.reader import ConfigReader, shown
+from .config_parsers.reader import MAX_INTEGER, ConfigReader, shown
 
 POOLING_KINDS = ("last", "cls", "mean")
 ACTIVATIONS = {  # torch's names in sentence-transformers' files
@@ -205,6 +205,12 @@ def _read_modules(folder: Path, *, classifies: bool) -> dict[str, Any]:
             reader = ConfigReader(read_json(folder / name), name)
             fields["max_length"] = reader.optional_integer("max_seq_length", None)
             fields["lowercase"] = reader.boolean("do_lower_case", False)
+    tokenizer_file = folder / "tokenizer_config.json"
+    if has_pooling_files(folder) and fields.get("max_length") is None and tokenizer_file.is_file():
+        # where sentence-transformers keeps it since version 5; without a limit, tokenizers have an astronomic one
+        length = read_json(tokenizer_file).get("model_max_length")
+        if isinstance(length, int) and 0 < length <= MAX_INTEGER:
+            fields["max_length"] = length
     if classifies:
         return fields
     file = folder / "config_sentence_transformers.json"
@@ -213,7 +219,7 @@ def _read_modules(folder: Path, *, classifies: bool) -> dict[str, Any]:
         prompts = reader.object("prompts") or {}
         if not all(isinstance(text, (str, type(None))) for text in prompts.values()):
             raise ValueError(f"{file.name}: prompts must map names to texts: {shown(prompts)}")
-        fields["prompts"] = tuple((name, text or "") for name, text in prompts.items())
+        fields["prompts"] = tuple((name, prompts[name] or "") for name in sorted(prompts))
         default = reader.get("default_prompt_name")
         if default is not None:
             if default not in prompts:

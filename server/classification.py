@@ -18,12 +18,11 @@ from .pooling_protocol import ClassificationData, PoolingResponse, classificatio
 async def classify(request: web.Request) -> web.Response:
     """Classify each input, or a conversation."""
     context = request.app[CONTEXT]
+    classifier = (await pooling_of(context, "classify", "Classification")).classifier
+    assert classifier is not None  # of whoever has the task
     body = await read_body(request, classification_decoder)
     inputs = check_inputs(context, body)
     context.check_model(body.model)
-    await context.engine.wait_ready()
-    classifier = pooling_of(context, "classify", "Classification").classifier
-    assert classifier is not None  # of whoever has the task
     params = PoolingParams(task="classify", use_activation=body.use_activation)
     response_id = context.response_id("classify", request, body)
     prompts = await read_prompts(context, body, inputs)

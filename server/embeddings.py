@@ -14,7 +14,7 @@ from ..engine.pooling_outputs import PoolingOutput
 from ..scheduler.pooling_params import PoolingParams
 from .body import read_body, value_error
 from .context import CONTEXT
-from .errors import RequestError, json_response, not_supported
+from .errors import json_response, not_supported
 from .pooling_inputs import check_inputs, pool, pooling_of, read_prompts
 from .pooling_protocol import (
     EmbeddingData,
@@ -33,12 +33,11 @@ _ENDIANNESS = ("native", "little", "big")
 async def create_embeddings(request: web.Request) -> web.Response:
     """One embedding of each input."""
     context = request.app[CONTEXT]
+    await pooling_of(context, "embed", "Embeddings")
     body = await read_body(request, embedding_decoder)
     inputs = check_inputs(context, body)
     check_encoding(body)
     context.check_model(body.model)
-    await context.engine.wait_ready()
-    pooling_of(context, "embed", "Embeddings")
     params = PoolingParams(task="embed", dimensions=body.dimensions, use_activation=body.use_activation)
     response_id = context.response_id("embd", request, body)
     prompts = await read_prompts(context, body, inputs)
@@ -51,16 +50,11 @@ async def create_embeddings(request: web.Request) -> web.Response:
 async def create_pooling(request: web.Request) -> web.Response:
     """What the model, or the task that is asked for, makes of each input: a vector, or one for each token."""
     context = request.app[CONTEXT]
+    pooling = await pooling_of(context, None, "Pooling")
     body = await read_body(request, pooling_decoder)
     inputs = check_inputs(context, body)
     check_encoding(body)
     context.check_model(body.model)
-    await context.engine.wait_ready()
-    pooling = context.engine.pooling_config
-    if pooling is None:
-        raise RequestError(
-            "The model does not support the Pooling API.", status=404, error_type="NotFoundError", param="model"
-        )
     params = PoolingParams(
         task=body.task or pooling.tasks[0], dimensions=body.dimensions, use_activation=body.use_activation
     )

@@ -36,10 +36,12 @@ def check_body(body: PoolingBody) -> None:
                 raise not_supported(name)
 
 
-def pooling_of(context: ServerContext, task: str, api: str) -> PoolingConfig:
-    """How the engine, which is ready, pools; raises 404 where its model has not this task."""
+async def pooling_of(context: ServerContext, task: str | None, api: str) -> PoolingConfig:
+    """How the engine pools, once it is ready. Raises 404 where its model has not this task (None: any), before the body
+    is looked at, as for a route that is not there."""
+    await context.engine.wait_ready()
     pooling = context.engine.pooling_config
-    if pooling is None or task not in pooling.tasks:
+    if pooling is None or (task is not None and task not in pooling.tasks):
         raise RequestError(
             f"The model does not support the {api} API.", status=404, error_type="NotFoundError", param="model"
         )

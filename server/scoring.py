@@ -32,11 +32,11 @@ _PAIRS = (("queries", "documents"), ("queries", "items"), ("data_1", "data_2"), 
 async def create_scores(request: web.Request) -> web.Response:
     """The score of one text against every other, or of as many in pairs."""
     context = request.app[CONTEXT]
+    await pooling_of(context, None, "Score")
     body = await read_body(request, score_decoder)
     check_body(body)
     first, second = _pair(body)
     context.check_model(body.model)
-    await context.engine.wait_ready()
     response_id = context.response_id("score", request, body)
     outputs = await _scores(context, request, body, first, second, response_id)
     data = [ScoreData(place, output.outputs.score) for place, output in enumerate(outputs)]
@@ -47,6 +47,7 @@ async def create_scores(request: web.Request) -> web.Response:
 async def rerank(request: web.Request) -> web.Response:
     """The documents by their score, the best first."""
     context = request.app[CONTEXT]
+    await pooling_of(context, None, "Rerank")
     body = await read_body(request, rerank_decoder)
     check_body(body)
     documents = [body.documents] if isinstance(body.documents, str) else body.documents
@@ -56,7 +57,6 @@ async def rerank(request: web.Request) -> web.Response:
     if body.top_n is not None and body.top_n < 0:
         raise value_error("`top_n` must not be negative; 0 means all.", "top_n")
     context.check_model(body.model)
-    await context.engine.wait_ready()
     response_id = context.response_id("score", request, body)
     outputs = await _scores(context, request, body, body.query, documents, response_id)
     results = [
@@ -90,10 +90,7 @@ async def _scores(
     second: Texts,
     response_id: str,
 ) -> list[PoolingRequestOutput[ScoringOutput]]:
-    engine = context.engine
-    pooling = engine.pooling_config
-    pooling_of(context, "embed" if pooling is None or pooling.classifier is None else "classify", "Score")
     with caller_errors():
-        plan = await engine.plan_scores(first, second, context.settings.chat_template)
+        plan = await context.engine.plan_scores(first, second, context.settings.chat_template)
     params = plan.params(PoolingParams(use_activation=body.use_activation))
     return plan.scores(await pool(context, request, body, plan.prompts, params, response_id))

@@ -183,7 +183,7 @@ def test_documents_are_ranked_by_their_score(servers: dict[str, Server]) -> None
     for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
         status, body = server.post(path, {"query": "Where?", "documents": TEXTS})
         assert status == 200 and [item["index"] for item in body["results"]] == order
-        assert [item["relevance_score"] for item in body["results"]] == sorted(scores, reverse=True)
+        assert [item["relevance_score"] for item in body["results"]] == pytest.approx(sorted(scores)[::-1], abs=1e-6)
         assert [item["document"]["text"] for item in body["results"]] == [TEXTS[place] for place in order]
     body = server.post("/rerank", {"query": "Where?", "documents": TEXTS, "top_n": 2})[1]
     assert [item["index"] for item in body["results"]] == order[:2]
@@ -244,6 +244,7 @@ BAD = [
     ("classify", "/score", {"text_1": "a", "text_2": "b"}, 400, "num_labels"),
     ("classify", "/pooling", {"input": "a", "dimensions": 8}, 400, "dimensions"),
     ("generate", EMBED, {"input": "a"}, 404, "model"),
+    ("generate", EMBED, {}, 404, "model"),
     ("generate", "/pooling", {"input": "a"}, 404, "model"),
     ("generate", "/classify", {"input": "a"}, 404, "model"),
     ("generate", "/rerank", {"query": "a", "documents": ["a"]}, 404, "model"),

@@ -116,6 +116,20 @@ def test_an_encoder_pools_its_first_token(make_pooling_checkpoint: MakeCheckpoin
     assert difference(llm.encode(TEXTS, use_tqdm=False), expected) < BOUND
 
 
+def test_a_pooling_engine_generates_nothing(make_pooling_checkpoint: MakeCheckpoint) -> None:
+    llm = LLM(str(make_pooling_checkpoint("BertModel")))
+    with pytest.raises(ValueError, match="cannot generate"):
+        llm.generate("a", use_tqdm=False)
+    with pytest.raises(ValueError, match="task"):
+        llm.classify("a", use_tqdm=False)
+    with pytest.raises(ValueError, match="matryoshka"):
+        llm.embed("a", pooling_params=PoolingParams(dimensions=4), use_tqdm=False)
+    with pytest.raises(ValueError, match="maximum context length is 130"):
+        llm.embed({"prompt_token_ids": [5] * 131}, use_tqdm=False)
+    longest = llm.embed({"prompt_token_ids": [5] * 130}, use_tqdm=False)
+    assert len(longest[0].prompt_token_ids) == 130
+
+
 def _shift_positions(model: BertEncoder) -> None:
     model.positions.weight.copy_(model.positions.weight.roll(1, 0))
 
@@ -206,11 +220,11 @@ def test_yes_and_no_are_the_score_of_a_reranker(make_pooling_checkpoint: MakeChe
             "is_original_qwen3_reranker": True,
         }
         llm = LLM(str(folder), hf_overrides=overrides, max_num_batched_tokens=16, max_num_seqs=4)
-        template = "<Instruct>: judge\n<Query>: {{ messages[0].content }}\n<Document>: {{ messages[1].content }}\n"
+        template = "<Instruct>: judge\n<Query>: {{ messages[0].content }}\n<Document>: {{ messages[1].content }}"
         outputs = llm.score(PAIRS[0][0], TEXTS, chat_template=template, use_tqdm=False)
         expected = []
         for query, text in PAIRS:
-            prompt = f"<Instruct>: judge\n<Query>: {query}\n<Document>: {text}\n"
+            prompt = f"<Instruct>: judge\n<Query>: {query}\n<Document>: {text}"
             inputs = tokenizer(prompt, return_tensors="pt")
             with torch.no_grad():
                 last = model(input_ids=inputs["input_ids"]).logits[0, -1]
@@ -282,7 +296,9 @@ SENTENCE_CASES = {
 
 @needs_sentence_transformers
 @pytest.mark.parametrize("name", SENTENCE_CASES)
-def test_embeddings_are_those_of_sentence_transformers(make_pooling_checkpoint: MakeCheckpoint, name: str) -> None:
+def test_embeddings_are_those_of_sentence_transformers(
+    make_pooling_checkpoint: MakeCheckpoint, tmp_path: Path, name: str
+) -> None:
     from sentence_transformers import SentenceTransformer
 
     architecture, modules, overrides = SENTENCE_CASES[name]
@@ -290,6 +306,8 @@ def test_embeddings_are_those_of_sentence_transformers(make_pooling_checkpoint: 
     saved_by = "Qwen3Model" if architecture == "Qwen3ForCausalLM" else None
     folder = make_pooling_checkpoint(architecture, modules, prompts, saved_by, **overrides)
     reference = SentenceTransformer(str(folder), device="cpu", model_kwargs={"attn_implementation": "eager"})
+    reference.save_pretrained(str(tmp_path))  # as its present version names things
+    assert LLM(str(tmp_path)).llm_engine.config.pooling == LLM(str(folder)).llm_engine.config.pooling
     llm = LLM(str(folder))
     long = " ".join(TEXTS * 9)  # cut by both
     params = PoolingParams(truncate_prompt_tokens=-1)
