@@ -134,9 +134,8 @@ def main() -> None:
                 seconds[side].append(value)
             num_tokens.append(sum(len(text.split()) + 2 for text in texts))
     lengths = f"{arguments.min_tokens} to {arguments.max_tokens} tokens"
-    print(
-        f"{arguments.shape}, {arguments.texts} texts of {lengths}, {arguments.threads} threads, float32, {arguments.clock} clock"
-    )
+    print(f"{arguments.shape}, float32, {arguments.texts} texts of {lengths}", end=", ")
+    print(f"{arguments.threads} threads, {arguments.clock} clock")
     for side, times in seconds.items():
         rate = statistics.median(tokens / value for tokens, value in zip(num_tokens, times, strict=True))
         print(f"{side:22} {statistics.median(times):8.3f} s  {rate:9.0f} tokens/s")

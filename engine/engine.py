@@ -81,17 +81,25 @@ class Engine:
         return self._front.render_chat(messages, **options)
 
     def add_request(
-        self, request_id: str, prompt: PromptType, params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt: PromptType,
+        params: SamplingParams | PoolingParams | None = None,
+        *,
+        priority: int = 0,
     ) -> None:
         """Queue a request; raises `ValidationError`, also for an id that is in use."""
         self._check_alive()
         inbox_keys = [key for key, inbox in self._inboxes.items() if inbox is self._step_inbox]
         if any(self._front.outputs.requests[key].request_id == request_id for key in inbox_keys):
             raise ValidationError("a request of this id is running", parameter="request_id", value=request_id)
-        self._submit(request_id, prompt, params or self.get_default_sampling_params(), priority, self._step_inbox)
+        if params is None:
+            params = self.get_default_sampling_params() if self.config.pooling is None else PoolingParams()
+        self._submit(request_id, prompt, params, priority, self._step_inbox)
 
-    def step(self) -> list[RequestOutput]:
-        """Run one step; returns what is new of the requests of `add_request`."""
+    def step(self) -> list[Any]:
+        """Run one step; returns what is new of the requests of `add_request`: `RequestOutput`s, or of an engine that
+        pools `PoolingRequestOutput`s."""
         self._step()
         outputs = list(self._step_inbox)
         self._step_inbox.clear()

@@ -441,7 +441,7 @@ class Scheduler:
         pooled = output.pooled
         if [bool(tokens) or entry in pooled for entry, tokens in enumerate(output.token_ids)] != plan.samples:
             raise ValueError(
-                "the output must hold tokens, or what was pooled, for the entries that sample, and no others: "
+                "the output must hold what was pooled, or tokens for the entries that sample, and no others: "
                 f"step {step}"
             )
         if len(output.num_drafts) != (plan.num_decode if plan.num_drafts else 0):

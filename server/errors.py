@@ -69,7 +69,7 @@ def error_info(error: BaseException) -> ErrorInfo:
     if isinstance(error, RequestError):
         return error.info
     if isinstance(error, WrongRunnerError):  # as for a route that is not there
-        return ErrorInfo(_printable(str(error)), "NotFoundError", None, 404)
+        return ErrorInfo(_printable(str(error)), HTTPStatus.NOT_FOUND.phrase, None, 404)
     if isinstance(error, ValidationError):
         return ErrorInfo(_printable(str(error)), "BadRequestError", error.parameter, 400)
     if isinstance(error, RequestRejectedError):

@@ -42,9 +42,7 @@ async def pooling_of(context: ServerContext, task: str | None, api: str) -> Pool
     await context.engine.wait_ready()
     pooling = context.engine.pooling_config
     if pooling is None or (task is not None and task not in pooling.tasks):
-        raise RequestError(
-            f"The model does not support the {api} API.", status=404, error_type="NotFoundError", param="model"
-        )
+        raise RequestError(f"The model does not support the {api} API.", status=404)
     return pooling
 
 

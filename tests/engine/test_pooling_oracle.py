@@ -96,6 +96,38 @@ def test_pieces_of_a_prompt_are_pooled_together(
     assert difference(llm.encode(TEXTS, use_tqdm=False), wrong) > 100 * BOUND
 
 
+@pytest.mark.parametrize("kind", ["LAST", "MEAN"])
+def test_no_vector_depends_on_what_else_is_computed(make_pooling_checkpoint: MakeCheckpoint, kind: str) -> None:
+    """Few blocks and more urgent prompts: pieces, cached prefixes, preemptions and steps in flight."""
+    folder = make_pooling_checkpoint("Qwen3ForCausalLM")
+    options: dict[str, Any] = {"runner": "pooling", "pooler_config": {"seq_pooling_type": kind}}
+    generator = np.random.default_rng(4)
+    shared = generator.integers(4, 400, size=30).tolist()
+    prompts: list[Any] = [
+        shared[: generator.integers(0, 30)] + generator.integers(4, 400, size=generator.integers(1, 34)).tolist()
+        for _ in range(40)
+    ]
+    alone = LLM(str(folder), enable_prefix_caching=False, async_scheduling=False, **options)
+    expected = [torch.tensor(alone.encode(prompt, use_tqdm=False)[0].outputs.data) for prompt in prompts]
+    crowded = LLM(
+        str(folder), num_gpu_blocks_override=22, block_size=4, max_model_len=64, max_num_seqs=6,
+        max_num_batched_tokens=11, scheduling_policy="priority", **options,
+    )  # fmt: skip
+    engine = crowded.llm_engine
+    found: dict[int, Any] = {}
+    for index, prompt in enumerate(prompts):  # later ones are more urgent
+        engine.add_request(str(index), prompt, PoolingParams(), priority=-index)
+        for output in engine.step():
+            found[int(output.request_id)] = output
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            found[int(output.request_id)] = output
+    engine.check_integrity()
+    assert engine.stats().num_preemptions > 0
+    assert (sum(output.num_cached_tokens for output in found.values()) > 0) == (kind == "LAST")
+    assert difference([found[index] for index in range(len(prompts))], expected) < BOUND
+
+
 def test_every_token_of_a_prompt_gets_a_vector(make_pooling_checkpoint: MakeCheckpoint) -> None:
     folder = make_pooling_checkpoint("Qwen3ForCausalLM")
     model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
