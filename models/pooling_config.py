@@ -20,7 +20,7 @@ ACTIVATIONS = {  # torch's names in sentence-transformers' files
     "torch.nn.modules.activation.Tanh": "tanh",
     "torch.nn.modules.linear.Identity": "identity",
 }
-# What stands behind the body of each architecture that cannot generate; "" is nothing: its states are the embedding.
+# What stands behind the body of each architecture that classifies, and those that are bodies alone.
 _CLASSIFIERS = {
     "BertForSequenceClassification": "bert",
     "LlamaForSequenceClassification": "score",
@@ -31,6 +31,10 @@ _CLASSIFIERS = {
     "RobertaForSequenceClassification": "roberta",
     "XLMRobertaForSequenceClassification": "roberta",
 }
+_BODIES = frozenset({
+    "BertForMaskedLM", "BertModel", "LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "RobertaForMaskedLM",
+    "RobertaModel", "XLMRobertaForMaskedLM", "XLMRobertaModel",
+})  # fmt: skip
 _MODES = {  # sentence-transformers' names; the older files have a flag for each
     "cls": "cls",
     "mean": "mean",
@@ -103,7 +107,7 @@ class PoolingConfig:
 
 def pools_only(architecture: str) -> bool:
     """Whether models of this architecture cannot generate."""
-    return architecture in _CLASSIFIERS or architecture.endswith(("Model", "ForMaskedLM"))
+    return architecture in _CLASSIFIERS or architecture in _BODIES
 
 
 def has_pooling_files(folder: Path) -> bool:
@@ -165,7 +169,11 @@ def _read_classifier(reader: ConfigReader, kind: str, token_ids: tuple[int, ...]
     default = len(labels) or 2
     num_labels = reader.integer("num_labels", 1 if kind == "reward" and default == 2 else default)
     if kind == "tokens":
-        num_labels = 1 if reader.boolean("is_original_qwen3_reranker", False) else len(token_ids)
+        num_labels = len(token_ids)
+        if reader.boolean("is_original_qwen3_reranker", False):
+            if num_labels != 2:
+                raise ValueError(f"is_original_qwen3_reranker needs two tokens in classifier_from_token: {num_labels}")
+            num_labels = 1
     if labels and len(labels) != num_labels:
         labels = ()
     activation = "identity" if kind == "reward" else "sigmoid" if num_labels == 1 else "softmax"
