@@ -27,6 +27,7 @@ class ForwardContext:
     prefill_context_lens: tuple[int, ...] = ()  # their context_lens, on the host
     tokens_per_request: int = 1  # of those that decode
     handed_on: dict[str, Any] = field(default_factory=dict)  # by a layer to later ones of the same forward
+    token_types: Tensor | None = None  # int64 [tokens], of an encoder that tells segments apart; None: all 0
 
     @property
     def num_decode_tokens(self) -> int:
