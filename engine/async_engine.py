@@ -474,11 +474,11 @@ class AsyncEngine:
                 await asyncio.sleep(0.01)
         if self._client is not None:
             await self._client.close()
-        if self._front is not None:
-            await asyncio.to_thread(self._front.close)
+        self._die(EngineShutdownError(SHUTDOWN_MESSAGE))
         if self._grammar_thread is not None:
             self._grammar_thread.shutdown(wait=False, cancel_futures=True)
-        self._die(EngineShutdownError(SHUTDOWN_MESSAGE))
+        if self._front is not None:
+            await asyncio.to_thread(self._front.close)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
