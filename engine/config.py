@@ -164,7 +164,9 @@ class EngineArgs:
         choose_speculation(self.speculative_config)
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if getattr(self, name) != 1:
-                raise ValueError(f"{name} is not supported yet, use 1: {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} is not supported yet, the engine starts no other ranks; use 1: {getattr(self, name)}"
+                )
         if self.quantization not in (None, "fp8"):
             raise ValueError(
                 "quantization is not supported yet but for fp8 block checkpoints, which need no flag: "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kvcache.tensors import allocate_kv_tensors
+from ..models.parallel import ONE_RANK, ParallelLayout
 from ..ops.npu import library
 from ..ops.npu.simulator import graphs
 from ..ops.npu.simulator.text import graph_text
@@ -46,19 +47,20 @@ class LoweredStep:
         return graph_text(self.graph)
 
 
-def lower_step(config: EngineConfig, key: GraphKey) -> LoweredStep:
-    """Lowers the program of a gear twice with the same buffers, as two steps would call it. The weights are memory that
-    nobody has written. Raises ValueError where there is not one graph for both, and what tracing raises."""
+def lower_step(config: EngineConfig, key: GraphKey, layout: ParallelLayout = ONE_RANK) -> LoweredStep:
+    """Lowers the program of a gear twice with the same buffers, as two steps would call it, for one rank of `layout`,
+    whose process groups are there. The weights are memory that nobody has written. Raises ValueError where there is not
+    one graph for both, and what tracing raises."""
     device = torch.device(DEVICE)
     library.load(device)
     block_size = config.args.block_size or BLOCK_SIZE
     max_model_len = config.max_model_len or config.model.derived_max_model_len
-    models = build_models(config, device)
+    models = build_models(config, device, layout)
     models.pack()
     models.bind(npu_table())
     drafting = make_drafting(config, models.drafter, key.num_requests, max_model_len, device, None)
     num_drafts = 0 if drafting is None else drafting.num_drafts
-    spec = cache_spec(config)
+    spec = cache_spec(config, layout)
     caches = allocate_kv_tensors(spec, NUM_BLOCKS, block_size, device)
     table = RowTable(key.num_requests, -(-max_model_len // block_size), device, num_drafts)
     runner = GraphRunner(models.decoder, table.state, caches, drafting)

@@ -33,6 +33,7 @@ class OpTable:
     sparse_mla_decode_attention: Callable[..., Tensor]
     gate_topk: Callable[..., tuple[Tensor, Tensor]]
     routed_experts: Callable[..., Tensor]
+    dispatched_experts: Callable[..., Tensor]
 
 
 PLAIN = OpTable(
@@ -52,6 +53,7 @@ PLAIN = OpTable(
     sparse_mla_decode_attention=dsa.sparse_mla_decode_attention,
     gate_topk=moe.gate_topk,
     routed_experts=moe.routed_experts,
+    dispatched_experts=moe.dispatched_experts,
 )
 
 
@@ -89,7 +91,7 @@ def cpu_table() -> OpTable:
 def npu_table() -> OpTable:
     """torch-npu's operators, for decode steps that TorchAir compiles, with the weights of `ops.npu.weights`. Needs
     `ops.npu.library.load` before anything is traced."""
-    from .npu import activation, attention, cache, dsa, linear, moe, norm, rope
+    from .npu import activation, attention, cache, dispatch, dsa, linear, moe, norm, rope
 
     return OpTable(
         linear=linear.linear,
@@ -108,4 +110,5 @@ def npu_table() -> OpTable:
         sparse_mla_decode_attention=dsa.sparse_mla_decode_attention,
         gate_topk=moe.gate_topk,
         routed_experts=moe.routed_experts,
+        dispatched_experts=dispatch.dispatched_experts,
     )
