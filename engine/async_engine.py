@@ -10,13 +10,16 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import msgspec
 from prometheus_client import CollectorRegistry
 
 from ..models.config import ModelConfig
+from ..models.pooling_config import PoolingConfig
 from ..models.tokenizer import Tokenizer
+from ..scheduler.pooling_params import PoolingParams
 from ..scheduler.sampling_params import SamplingParams
 from .config import EngineArgs, EngineConfig
 from .core_client import CoreClient
@@ -29,9 +32,13 @@ from .load import LoadMeter
 from .logs import logs_json
 from .messages import Abort, Add, Answer, CoreInfo, Profile, ResetPrefixCache, Updates, Watch
 from .metrics import EngineMetrics
-from .output_processor import RequestState
+from .output_processor import AnyState, RequestState
 from .outputs import RequestOutput
 from .phases import Phase, PhaseTimer, phase_records, phase_table
+from .pooling_input import PoolingInputProcessor
+from .pooling_outputs import PoolingOutput, PoolingRequestOutput
+from .pooling_state import PoolingState
+from .scoring import ScoringPlan, plan_scores
 from .stats_log import StatsLog
 from .tracing import RequestTracer
 
@@ -84,7 +91,7 @@ class AsyncEngine:
         self._stats: dict[str, Any] = {}
         self._stats_log = None if args.disable_log_stats else StatsLog(time.monotonic())
         self._dead_error: EngineDeadError | None = None
-        self._streams: dict[str, asyncio.Queue[RequestOutput | Exception]] = {}
+        self._streams: dict[str, asyncio.Queue[Any]] = {}
         self._closing = False
         self._request_ids = itertools.count()
         self._grammar_thread: ThreadPoolExecutor | None = None  # no other work may wait behind a grammar
@@ -174,6 +181,11 @@ class AsyncEngine:
         return self.config.model
 
     @property
+    def pooling_config(self) -> PoolingConfig | None:
+        """How the model pools; None where it generates."""
+        return self.config.pooling
+
+    @property
     def tokenizer(self) -> Tokenizer | None:
         return self._loaded_front.tokenizer
 
@@ -243,6 +255,50 @@ class AsyncEngine:
             if self.tracer is not None:
                 self.tracer.finish(state)
 
+    async def encode(
+        self,
+        prompt: Any,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[PoolingRequestOutput[PoolingOutput]]:
+        """The output of one request to a pooling model; prompts as `PoolingInputProcessor` takes them. Errors as of
+        `generate`."""
+        await self.wait_ready()
+        if self._closing:
+            raise EngineShutdownError(SHUTDOWN_MESSAGE)
+        if request_id is None:
+            request_id = str(next(self._request_ids))
+        request = await self._process_pooling(request_id, prompt, pooling_params or PoolingParams(), priority)
+        try:
+            item = await self._submit(PoolingState(request)).get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+        finally:
+            self._forget(request.key)
+
+    async def _process_pooling(
+        self, request_id: str, prompt: Any, params: PoolingParams, priority: int
+    ) -> ProcessedRequest:
+        inputs = self._loaded_inputs
+        if not isinstance(inputs, PoolingInputProcessor):
+            return inputs.process(request_id, prompt, params)  # which says what is wrong
+        if is_conversation(prompt):
+            prompt = {"messages": prompt, "add_generation_prompt": False}
+        if isinstance(prompt, Mapping) and "messages" in prompt:
+            prompt = await asyncio.to_thread(self._loaded_front.read_chat, prompt)
+        params = inputs.complete(params)
+        texts = (prompt.get("prompt"), prompt.get("text_pair")) if isinstance(prompt, Mapping) else (prompt,)
+        if sum(len(text) for text in texts if isinstance(text, str)) > INLINE_ENCODE_CHARACTERS:
+            tokenized = await asyncio.to_thread(inputs.tokenize, prompt, params)
+        else:
+            tokenized = inputs.tokenize(prompt, params)
+        if self._dead_error is not None:
+            raise self._dead_error
+        return inputs.admit(request_id, tokenized, params, priority=priority)
+
     async def _process(
         self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int
     ) -> ProcessedRequest:
@@ -286,11 +342,11 @@ class AsyncEngine:
             self._grammar_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
         return self._grammar_thread
 
-    def _submit(self, state: RequestState) -> asyncio.Queue[RequestOutput | Exception]:
+    def _submit(self, state: AnyState) -> asyncio.Queue[Any]:
         assert self._client is not None
         request = state.request
         self._loaded_front.outputs.add(state)
-        stream: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+        stream: asyncio.Queue[Any] = asyncio.Queue()
         self._streams[request.key] = stream
         if self._metrics is not None:
             self._metrics.add(request.core_requests)
@@ -319,6 +375,16 @@ class AsyncEngine:
         if len(text) > INLINE_ENCODE_CHARACTERS:
             return await asyncio.to_thread(inputs.encode, text, add_special_tokens=add_special_tokens)
         return inputs.encode(text, add_special_tokens=add_special_tokens)
+
+    async def plan_scores(
+        self, queries: str | Sequence[str], documents: str | Sequence[str], chat_template: str | None = None
+    ) -> ScoringPlan:
+        """What to `encode` in order to score queries and documents; see `scoring.plan_scores`. Raises ValueError."""
+        await self.wait_ready()
+        render = None
+        if chat_template is not None:
+            render = partial(self._loaded_front.render_pair, chat_template=chat_template)
+        return await asyncio.to_thread(plan_scores, self.pooling_config, queries, documents, render)
 
     async def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The prompt text of a conversation; see `Front.render_chat`. Raises ValueError."""
@@ -408,11 +474,11 @@ class AsyncEngine:
                 await asyncio.sleep(0.01)
         if self._client is not None:
             await self._client.close()
-        if self._front is not None:
-            await asyncio.to_thread(self._front.close)
+        self._die(EngineShutdownError(SHUTDOWN_MESSAGE))
         if self._grammar_thread is not None:
             self._grammar_thread.shutdown(wait=False, cancel_futures=True)
-        self._die(EngineShutdownError(SHUTDOWN_MESSAGE))
+        if self._front is not None:
+            await asyncio.to_thread(self._front.close)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

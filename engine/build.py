@@ -18,7 +18,7 @@ from ..models.layers.decoder import CausalDecoder
 from ..models.layers.mtp import MultiTokenPredictor
 from ..models.layers.placement import Placement
 from ..models.npu_weights import pack_for_npu
-from ..models.parallel import ParallelLayout
+from ..models.parallel import ONE_RANK, ParallelLayout
 from ..models.registry import resolve
 from ..models.weights import load_weights
 from ..ops.table import OpTable
@@ -59,9 +59,9 @@ class Models:
             self.drafter.model.ops.table = table
 
 
-def build_models(config: EngineConfig, device: torch.device) -> Models:
-    """The modules, their memory allocated and not filled."""
-    layout, dtype = ParallelLayout(), TORCH_DTYPES[config.dtype]
+def build_models(config: EngineConfig, device: torch.device, layout: ParallelLayout = ONE_RANK) -> Models:
+    """The modules of a rank, their memory allocated and not filled."""
+    dtype = TORCH_DTYPES[config.dtype]
     decoder = _build_decoder(config.model, layout, dtype, device)
     drafter: Drafter | None = None
     if config.speculation is not None:
@@ -107,9 +107,8 @@ def _fill(
         load_weights(module, checkpoint, config=model)
 
 
-def cache_spec(config: EngineConfig) -> KVCacheSpec:
-    """What is stored per token, by the model and by the drafter in layers behind the model's."""
-    layout = ParallelLayout()
+def cache_spec(config: EngineConfig, layout: ParallelLayout = ONE_RANK) -> KVCacheSpec:
+    """What a rank stores per token, by the model and by the drafter in layers behind the model's."""
     speculation = config.speculation
     if speculation is not None and speculation.choice.method == "mtp":
         return replace(kv_cache_spec(config.model, layout, config.dtype, num_extra_layers=1), lookahead=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -13,9 +13,11 @@ from ..models.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from ..models.config import ModelConfig
 from ..models.config_parser import parse_config
 from ..models.generation_config import extra_eos_token_ids, sampling_defaults
+from ..models.pooling_config import PoolingConfig
 from ..models.speculation import check_multi_token_prediction
 from ..scheduler.sampling_params import SamplingParams
 from .graph_config import GRAPH_BACKENDS, choose_graphs
+from .pooling_choice import CONVERSIONS, RUNNERS, choose_pooling
 from .profiling import choose_profiler
 from .speculation import Speculation, check_draft_model, choose_speculation, with_shorthands
 
@@ -41,6 +43,17 @@ class EngineArgs:
     model: str = _arg("", "checkpoint directory, or a model id in the local hub cache; none: the demo model")
     tokenizer: str | None = _arg(None, "directory or model id of the tokenizer, if not the model's own")
     skip_tokenizer_init: bool = _arg(False, "load no tokenizer: prompts and outputs are token ids only")
+    runner: str = _arg(
+        "auto", "generate text, or pool prompts into embeddings and scores; auto: pool what is made for it",
+        choices=RUNNERS,
+    )  # fmt: skip
+    convert: str = _arg("auto", "what a model that generates is made into for pooling: embed or classify",
+                        choices=CONVERSIONS)  # fmt: skip
+    pooler_config: dict[str, Any] | None = _arg(
+        None, "JSON that goes before the model's own files: seq_pooling_type (LAST, CLS, MEAN) and, for embeddings, "
+        "use_activation (whether they are normalised)",
+        json=True,
+    )  # fmt: skip
     revision: str | None = _arg(None, "branch, tag or commit of the model in the hub cache")
     download_dir: str | None = _arg(None, "hub cache folder, if not the default one")
     load_format: str = _arg("auto", "dummy: seeded random weights without files", choices=LOAD_FORMATS)
@@ -151,7 +164,9 @@ class EngineArgs:
         choose_speculation(self.speculative_config)
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if getattr(self, name) != 1:
-                raise ValueError(f"{name} is not supported yet, use 1: {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} is not supported yet, the engine starts no other ranks; use 1: {getattr(self, name)}"
+                )
         if self.quantization not in (None, "fp8"):
             raise ValueError(
                 "quantization is not supported yet but for fp8 block checkpoints, which need no flag: "
@@ -203,6 +218,7 @@ class EngineConfig:
     sampling_defaults: dict[str, Any]
     extra_eos_token_ids: tuple[int, ...]
     speculation: Speculation | None = None
+    pooling: PoolingConfig | None = None  # None: the model generates
 
     @classmethod
     def from_args(cls, args: EngineArgs) -> EngineConfig:
@@ -213,6 +229,10 @@ class EngineConfig:
         tokenizer_path = None
         if not args.skip_tokenizer_init:
             tokenizer_path = path if args.tokenizer is None else resolve_model(args.tokenizer, None, args.download_dir)
+        pooling = choose_pooling(args, checkpoint, model, tokenizer_path)
+        if pooling is not None and pooling.max_length is not None:
+            length = min(model.derived_max_model_len, pooling.max_length)
+            model = replace(model, derived_max_model_len=length)
         defaults = sampling_defaults(checkpoint, args.generation_config, args.override_generation_config)
         SamplingParams.from_optional(**defaults)  # a wrong default is the operator's to hear of, not every request's
         return cls(
@@ -225,6 +245,7 @@ class EngineConfig:
             sampling_defaults=defaults,
             extra_eos_token_ids=extra_eos_token_ids(checkpoint, args.generation_config),
             speculation=_resolve_speculation(args, model),
+            pooling=pooling,
         )
 
     @property
@@ -233,7 +254,10 @@ class EngineConfig:
 
     @property
     def max_num_batched_tokens(self) -> int:
-        return self.args.max_num_batched_tokens or 2048
+        least = 0
+        if self.model.encoder is not None:  # computes every prompt whole
+            least = self.max_model_len or self.model.derived_max_model_len
+        return self.args.max_num_batched_tokens or max(2048, least)
 
     def max_num_seqs(self, device_type: str) -> int:
         """Rows of the persistent batch; the default depends on the device, which only the core knows.

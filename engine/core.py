@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
+from typing import Any
 
 import msgspec
 
@@ -17,6 +18,8 @@ from .load import CoreLoad, StepReport
 from .messages import CoreInfo
 from .model_runner import ModelRunner
 from .phases import PhaseTimer
+from .pooling_runner import PoolingRunner
+from .pooling_startup import load_pooling_parts
 from .profiling import StepProfiler, choose_profiler
 from .startup import load_core_parts
 from .structured.store import GrammarStore
@@ -39,14 +42,14 @@ class EngineCore:
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: ModelRunner,
+        runner: ModelRunner | PoolingRunner,
         info: CoreInfo,
         *,
         overlap: bool = False,
         grammars: GrammarStore | None = None,
     ) -> None:
         self.scheduler = scheduler
-        self.runner = runner
+        self.runner: Any = runner
         self.info = info
         self.grammars = grammars
         self._waiting_for_grammar: dict[str, tuple[RequestInput, Future[None]]] = {}
@@ -64,9 +67,13 @@ class EngineCore:
     ) -> EngineCore:
         """Load weights and allocate the cache; raises with a message that says what to change. `acceptance_rates`, for
         benchmarks only: drafts are accepted by lot, and the tokens mean nothing."""
-        parts = load_core_parts(config, timer or PhaseTimer(), acceptance_rates)
-        gears = list(parts.runner.graphs.gears)
-        info = CoreInfo(parts.max_model_len, parts.num_blocks, parts.runner.block_size, gears=gears)
+        timer = timer or PhaseTimer()
+        if config.pooling is None:
+            parts = load_core_parts(config, timer, acceptance_rates)
+        else:
+            parts = load_pooling_parts(config, timer)
+        block_size = parts.scheduler.kv.block_size
+        info = CoreInfo(parts.max_model_len, parts.num_blocks, block_size, gears=parts.gears)
         core = cls(parts.scheduler, parts.runner, info, overlap=config.args.async_scheduling, grammars=parts.grammars)
         if config.args.profiler_config is not None:
             core._profiler = StepProfiler(choose_profiler(config.args.profiler_config))

@@ -6,11 +6,13 @@ import dataclasses
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from ..models.tokenizer import Tokenizer
+from ..scheduler.pooling_params import PoolingParams
 from ..scheduler.request import RequestUpdate
 from ..scheduler.sampling_params import RequestOutputKind, SamplingParams, ValidationError
 from ..scheduler.scheduler import SchedulerStats
@@ -18,11 +20,15 @@ from .config import EngineArgs, EngineConfig
 from .core import EngineCore
 from .errors import EngineDeadError
 from .front import Front
-from .inputs import PromptType, as_prompt_list
-from .output_processor import RequestState
+from .inputs import PromptType, as_prompt_list, is_conversation
+from .output_processor import new_state
 from .outputs import RequestOutput
+from .pooling_outputs import PoolingOutput, PoolingRequestOutput, ScoringOutput
+from .scoring import plan_scores
 
-_Inbox = deque[RequestOutput | Exception]
+_Request = tuple[PromptType, SamplingParams | PoolingParams, int]  # and its priority
+
+_Inbox = deque[Any]  # outputs, and the errors of requests that failed
 
 
 class Engine:
@@ -79,17 +85,25 @@ class Engine:
         return self._front.render_chat(messages, **options)
 
     def add_request(
-        self, request_id: str, prompt: PromptType, params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt: PromptType,
+        params: SamplingParams | PoolingParams | None = None,
+        *,
+        priority: int = 0,
     ) -> None:
         """Queue a request; raises `ValidationError`, also for an id that is in use."""
         self._check_alive()
         inbox_keys = [key for key, inbox in self._inboxes.items() if inbox is self._step_inbox]
         if any(self._front.outputs.requests[key].request_id == request_id for key in inbox_keys):
             raise ValidationError("a request of this id is running", parameter="request_id", value=request_id)
-        self._submit(request_id, prompt, params or self.get_default_sampling_params(), priority, self._step_inbox)
+        if params is None:
+            params = self.get_default_sampling_params() if self.config.pooling is None else PoolingParams()
+        self._submit(request_id, prompt, params, priority, self._step_inbox)
 
-    def step(self) -> list[RequestOutput]:
-        """Run one step; returns what is new of the requests of `add_request`.
+    def step(self) -> list[Any]:
+        """Run one step; returns what is new of the requests of `add_request`: `RequestOutput`s, or of an engine that
+        pools `PoolingRequestOutput`s.
 
         Raises ValueError or `RequestFailedError` where one of them cannot go on, such as one whose grammar proves too
         costly; the others' outputs come with the next call.
@@ -99,7 +113,7 @@ class Engine:
         if failure is not None:
             self._step_inbox.remove(failure)
             raise failure
-        outputs = [item for item in self._step_inbox if isinstance(item, RequestOutput)]
+        outputs = list(self._step_inbox)
         self._step_inbox.clear()
         return outputs
 
@@ -129,13 +143,44 @@ class Engine:
             (prompt, params.clone(output_kind=RequestOutputKind.FINAL_ONLY), level)
             for prompt, params, level in self._pair(prompts, sampling_params, priority)
         ]
+        return self._run_all(requests, use_tqdm)
+
+    def _run_all(self, requests: Sequence[_Request], use_tqdm: bool) -> list[Any]:
+        """The last outputs of these requests, in their order."""
         first = self._num_prompts
-        finals: dict[int, RequestOutput] = {}
+        finals: dict[int, Any] = {}
         with tqdm(total=len(requests), desc="Processed prompts", unit="prompt", disable=not use_tqdm) as bar:
             for output in self._run(requests):
                 finals[int(output.request_id) - first] = output
                 bar.update()
         return [finals[index] for index in range(len(requests))]
+
+    def encode(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+        priority: Sequence[int] | None = None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """Pool every prompt; outputs are in the order of the prompts. For engines whose runner is pooling."""
+        return self._run_all(self._pair_pooling(prompts, pooling_params, priority), use_tqdm)
+
+    def score(
+        self,
+        queries: str | Sequence[str],
+        documents: str | Sequence[str],
+        pooling_params: PoolingParams | None = None,
+        *,
+        use_tqdm: bool = False,
+        chat_template: str | None = None,
+    ) -> list[PoolingRequestOutput[ScoringOutput]]:
+        """How alike one query and every document are, or as many queries and documents in pairs. `chat_template`
+        writes the two as one prompt, from messages of the roles query and document."""
+        render = None if chat_template is None else partial(self._front.render_pair, chat_template=chat_template)
+        plan = plan_scores(self.config.pooling, queries, documents, render)
+        prompts: list[Any] = plan.prompts
+        return plan.scores(self.encode(prompts, plan.params(pooling_params), use_tqdm=use_tqdm))
 
     def stream(
         self,
@@ -166,7 +211,7 @@ class Engine:
         """Raise if a KV block is lost, doubly used or held by no request."""
         self._core.scheduler.check_integrity()
 
-    def _run(self, requests: Sequence[tuple[PromptType, SamplingParams, int]]) -> Iterator[RequestOutput]:
+    def _run(self, requests: Sequence[_Request]) -> Iterator[Any]:
         """Outputs of these requests and no others. Their ids are the next numbers from `_num_prompts` on."""
         self._check_alive()
         inbox: _Inbox = deque()
@@ -190,12 +235,18 @@ class Engine:
             for key in keys:
                 self._forget(key)
 
-    def _submit(self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int, inbox: _Inbox) -> str:
-        grammar = self._front.check_grammar(params)
-        request = self._inputs.process(
-            request_id, self._front.read_chat(prompt), params, priority=priority, grammar=grammar
-        )
-        self._front.outputs.add(RequestState(request, self._front.tokenizer))
+    def _submit(
+        self,
+        request_id: str,
+        prompt: PromptType,
+        params: SamplingParams | PoolingParams,
+        priority: int,
+        inbox: _Inbox,
+    ) -> str:
+        grammar = self._front.check_grammar(params) if isinstance(params, SamplingParams) else None
+        prompt = self._front.read_chat(prompt)
+        request = self._inputs.process(request_id, prompt, params, priority=priority, grammar=grammar)
+        self._front.outputs.add(new_state(request, self._front.tokenizer))
         self._inboxes[request.key] = inbox
         for core_request in request.core_requests:
             refusal = self._core.add(core_request)
@@ -257,18 +308,45 @@ class Engine:
                 parameter="sampling_params",
                 value=sampling_params,
             )
-        levels = [0] * len(many) if priority is None else list(priority)
-        for name, values in (("sampling_params", params), ("priority", levels)):
-            if len(values) != len(many):
-                raise ValidationError(
-                    f"The lengths of prompts ({len(many)}) and {name} ({len(values)}) must be the same.", parameter=name
-                )
-        return list(zip(many, params, levels, strict=True))
+        return _zipped(many, params, priority, "sampling_params")
+
+    def _pair_pooling(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None,
+        priority: Sequence[int] | None,
+    ) -> list[_Request]:
+        # A conversation ends with what was said, and not with the beginning of an answer.
+        many: list[Any] = [
+            {"messages": prompt, "add_generation_prompt": False} if is_conversation(prompt) else prompt
+            for prompt in as_prompt_list(prompts)
+        ]
+        if pooling_params is None or isinstance(pooling_params, PoolingParams):
+            params = [pooling_params or PoolingParams()] * len(many)
+        elif isinstance(pooling_params, Sequence) and all(isinstance(p, PoolingParams) for p in pooling_params):
+            params = list(pooling_params)
+        else:
+            raise ValidationError(
+                "pooling_params must be PoolingParams, or a list with one for each prompt",
+                parameter="pooling_params",
+                value=pooling_params,
+            )
+        return _zipped(many, params, priority, "pooling_params")
+
+
+def _zipped(prompts: list[Any], params: list[Any], priority: Sequence[int] | None, name: str) -> list[Any]:
+    """Prompts with their parameters and priorities; raises `ValidationError` where they are not as many."""
+    levels = [0] * len(prompts) if priority is None else list(priority)
+    for what, values in ((name, params), ("priority", levels)):
+        if len(values) != len(prompts):
+            raise ValidationError(
+                f"The lengths of prompts ({len(prompts)}) and {what} ({len(values)}) must be the same.", parameter=what
+            )
+    return list(zip(prompts, params, levels, strict=True))
 
 
 # vLLM's arguments that are not ours, with the values under which they change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "convert": ("auto", "none"),
     "cpu_offload_gb": (0,),
     "distributed_executor_backend": (None, "uni", "mp"),
     "enable_lora": (False, None),
@@ -278,7 +356,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logits_processors": (None,),
     "max_lora_rank": (None, 16),
     "model_impl": ("auto",),
-    "runner": ("auto", "generate"),
     "speculative_config": (None,),
     "structured_outputs_config": (None,),
     "swap_space": (0, 4),

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from ..scheduler.sampling_params import ValidationError
+
+
+class WrongRunnerError(ValidationError):
+    """Text was asked of an engine that pools, or a vector of one that generates."""
+
 
 class EngineDeadError(RuntimeError):
     """The engine core failed or ended; no request can be served any more."""

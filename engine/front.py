@@ -15,6 +15,7 @@ from .config import EngineConfig
 from .input_processor import InputProcessor
 from .inputs import is_conversation
 from .output_processor import OutputProcessor
+from .pooling_input import PoolingInputProcessor
 from .structured.checker import GrammarChecker
 from .structured.worker import WorkerJob
 
@@ -29,6 +30,8 @@ class Front:
         self.tokenizer: Tokenizer | None = None
         if config.tokenizer_path is not None:
             self.tokenizer = load_tokenizer(config.tokenizer_path)
+            if config.pooling is not None and config.pooling.lowercase:
+                self.tokenizer.lowercase()
         # Operators have one or two templates; each is compiled once.
         self._compile_template = lru_cache(maxsize=8)(self._compile_template)
         self.outputs = OutputProcessor(self.tokenizer)
@@ -42,6 +45,16 @@ class Front:
     def input_processor(self, max_model_len: int) -> InputProcessor:
         """Made once the core has said how long a sequence may be."""
         config = self.config
+        if config.pooling is not None:
+            encoder = config.model.encoder
+            return PoolingInputProcessor(
+                self.tokenizer,
+                config.pooling,
+                vocab_size=config.model.vocab_size,
+                max_model_len=max_model_len,
+                model_name=config.args.model,
+                num_token_types=1 if encoder is None else encoder.num_token_types,
+            )
         eos_token_id = self.tokenizer.eos_token_id if self.tokenizer is not None else None
         config_eos = config.model.eos_token_ids
         if eos_token_id is None and config_eos:
@@ -126,6 +139,11 @@ class Front:
             continue_final_message=continue_final_message,
             template_kwargs=chat_template_kwargs,
         )
+
+    def render_pair(self, query: str, document: str, chat_template: str) -> str:
+        """One prompt of a query and a document, by a template that knows messages of the roles query and document."""
+        messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
+        return self.render_chat(messages, add_generation_prompt=False, chat_template=chat_template)
 
     def _chat_renderer(self, chat_template: str | None, *, has_tools: bool) -> Callable[..., str]:
         """The template that is asked for, else the mode's format, else the tokenizer's template, else the model's."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kvcache.tensors import allocate_kv_tensors
+from ..models.parallel import ONE_RANK, ParallelLayout
 from ..ops.npu import library
 from ..ops.npu.simulator import graphs
 from ..ops.npu.simulator.text import graph_text
@@ -31,7 +32,7 @@ class LoweredStep:
 
     key: GraphKey
     graph: graphs.Lowered
-    cache_shapes: tuple[tuple[tuple[int, ...], ...], ...]  # of each layer, the drafter's behind the model's
+    cache_shapes: tuple[tuple[int, ...], ...]  # layer by layer, the drafter's behind the model's
     hidden_size: int
     cache_bytes_per_token: int
     weight_shapes: tuple[tuple[int, ...], ...]  # without tables of angles
@@ -47,20 +48,21 @@ class LoweredStep:
         return graph_text(self.graph)
 
 
-def lower_step(config: EngineConfig, key: GraphKey) -> LoweredStep:
-    """Lowers the program of a gear twice with the same buffers, as two steps would call it. The weights are memory that
-    nobody has written. Raises ValueError where there is not one graph for both, and what tracing raises."""
+def lower_step(config: EngineConfig, key: GraphKey, layout: ParallelLayout = ONE_RANK) -> LoweredStep:
+    """Lowers the program of a gear twice with the same buffers, as two steps would call it, for one rank of `layout`,
+    whose process groups are there. The weights are memory that nobody has written. Raises ValueError where there is not
+    one graph for both, and what tracing raises."""
     check_npu(config)
     device = torch.device(DEVICE)
     library.load(device)
     block_size = npu_block_size(config)
     max_model_len = config.max_model_len or config.model.derived_max_model_len
-    models = build_models(config, device)
+    models = build_models(config, device, layout)
     models.pack()
     models.bind(npu_table())
     drafting = make_drafting(config, models.drafter, key.num_requests, max_model_len, device, None)
     num_drafts = 0 if drafting is None else drafting.num_drafts
-    spec = cache_spec(config)
+    spec = cache_spec(config, layout)
     caches = allocate_kv_tensors(spec, NUM_BLOCKS, block_size, device)
     table = RowTable(key.num_requests, table_width(max_model_len, num_drafts, block_size), device, num_drafts)
     runner = GraphRunner(models.decoder, table.state, caches, drafting)
@@ -79,7 +81,7 @@ def lower_step(config: EngineConfig, key: GraphKey) -> LoweredStep:
     return LoweredStep(
         key=key,
         graph=found[0],
-        cache_shapes=tuple(tuple(tuple(part.shape) for part in cache) for cache in caches),
+        cache_shapes=tuple(tuple(part.shape) for part in parts),
         hidden_size=config.model.hidden_size,
         cache_bytes_per_token=sum(part.nbytes for part in parts) // (NUM_BLOCKS * block_size),
         weight_shapes=tuple(tuple(weight.shape) for weight in weights),

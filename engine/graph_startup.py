@@ -8,6 +8,7 @@ import hashlib
 import logging
 import platform
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -18,7 +19,7 @@ from ..models.parallel import ParallelLayout
 from ..ops.cache_folder import cache_root
 from ..ops.cpu.build import KernelsUnavailable, chosen_form, cpu_features, is_built
 from ..ops.npu import library
-from ..ops.table import cpu_table, cuda_table, npu_table
+from ..ops.table import OpTable, cpu_table, cuda_table, npu_table
 from .build import Models, build_models, cache_spec, make_drafting
 from .config import EngineConfig
 from .graph_cache import GraphCache, GraphCacheError
@@ -46,7 +47,7 @@ def start_graphs(
     made; else what is missing is logged, and steps run eager."""
     device = graphs.state.position.device
     if device.type == "cpu":
-        _bind_kernels(models, graphs)
+        graphs.kernels = bind_kernels(models.bind)
     elif device.type == "cuda":
         models.bind(cuda_table())
     choice = choose_graphs(config.args)
@@ -99,21 +100,22 @@ def build_kernels() -> None:
         cpu_table()
 
 
-def _bind_kernels(models: Models, graphs: GraphRunner) -> None:
-    """Let the layers call the C++ kernels: at once if they are built, else when a thread has built them."""
+def bind_kernels(bind_table: Callable[[OpTable], None]) -> threading.Thread | None:
+    """Let layers call the C++ kernels: at once if they are built, else when the thread that is returned has built
+    them."""
 
     def bind() -> None:
         try:
-            models.bind(cpu_table())
+            bind_table(cpu_table())
         except KernelsUnavailable as error:
             logger.warning("the plain torch operators are used: %s", error)
 
     if is_built():
         bind()
-    else:
-        thread = threading.Thread(target=bind, name="kernels", daemon=True)
-        graphs.kernels = thread
-        thread.start()
+        return None
+    thread = threading.Thread(target=bind, name="kernels", daemon=True)
+    thread.start()
+    return thread
 
 
 def _supply_plan(

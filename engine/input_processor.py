@@ -10,8 +10,10 @@ from operator import index as as_index
 from typing import Any
 
 from ..models.tokenizer import Tokenizer
+from ..scheduler.pooling_params import PoolingParams
 from ..scheduler.request import RequestInput
 from ..scheduler.sampling_params import INT64_MAX, INT64_MIN, SamplingParams, ValidationError, is_text
+from .errors import WrongRunnerError
 from .inputs import PromptType
 
 MAX_BAD_WORD_TOKENS = 1024
@@ -27,7 +29,7 @@ class ProcessedRequest:
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
-    params: SamplingParams
+    params: SamplingParams | PoolingParams
     arrival_time: float  # wall-clock seconds
     core_requests: list[RequestInput]
 
@@ -64,16 +66,17 @@ class InputProcessor:
         self,
         request_id: str,
         prompt: PromptType,
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         *,
         priority: int = 0,
         grammar: str | None = None,
     ) -> ProcessedRequest:
         """Check, tokenize and complete one request; raises `ValidationError`. `grammar` is what its
         `structured_outputs` have been compiled to."""
+        if not isinstance(params, SamplingParams):
+            raise WrongRunnerError("this model generates; pooling its prompts needs --runner pooling")
         text, token_ids, cache_salt = self._read_prompt(prompt)
-        if isinstance(priority, bool) or not isinstance(priority, int) or not INT64_MIN <= priority <= INT64_MAX:
-            raise ValidationError("priority must be a 64-bit integer", parameter="priority", value=priority)
+        self._check_priority(priority)
         params.check_vocabulary(self.vocab_size, self.max_logprobs)
         if token_ids is None:
             assert text is not None
@@ -88,10 +91,10 @@ class InputProcessor:
         bad_words = self._bad_word_ids(params.bad_words or [])
         self._check_choice(params, bad_words)
         now = time.monotonic()
-        self._num_requests += 1
+        core_id = self._next_id()
         core_requests = [
             RequestInput(
-                request_id=f"{self._num_requests}-{index}",
+                request_id=f"{core_id}-{index}",
                 prompt_token_ids=token_ids,
                 params=params if params.n == 1 else _child_params(params, index),
                 eos_token_ids=[] if self.eos_token_id is None else [self.eos_token_id],
@@ -104,6 +107,15 @@ class InputProcessor:
             for index in range(params.n)
         ]
         return ProcessedRequest(request_id, text, token_ids, params, time.time(), core_requests)
+
+    def _check_priority(self, priority: int) -> None:
+        if isinstance(priority, bool) or not isinstance(priority, int) or not INT64_MIN <= priority <= INT64_MAX:
+            raise ValidationError("priority must be a 64-bit integer", parameter="priority", value=priority)
+
+    def _next_id(self) -> str:
+        """A request id that no other request of this engine has."""
+        self._num_requests += 1
+        return str(self._num_requests)
 
     def _read_prompt(self, prompt: Any) -> tuple[str | None, list[int] | None, str | None]:
         """Text or ids (or both), and the cache salt."""

@@ -1,16 +1,24 @@
-"""vLLM's offline face, as a thin form of `Engine`: `LLM(model=…).generate / chat`."""
+"""vLLM's offline face, as a thin form of `Engine`: `LLM(model=…).generate / chat / embed / classify / score`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from ..models.tokenizer import Tokenizer
+from ..scheduler.pooling_params import PoolingParams
 from ..scheduler.sampling_params import SamplingParams, ValidationError
 from .config import EngineArgs
 from .engine import Engine
-from .inputs import PromptType
+from .inputs import PromptType, as_prompt_list
 from .outputs import RequestOutput
+from .pooling_outputs import (
+    ClassificationOutput,
+    EmbeddingOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    ScoringOutput,
+)
 
 
 class LLM:
@@ -76,18 +84,75 @@ class LLM:
     def reset_prefix_cache(self) -> bool:
         return self.llm_engine.reset_prefix_cache()
 
-    def encode(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        _needs_pooling("encode")
+    def encode(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        pooling_task: str | None = None,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """Pool every prompt by `pooling_task` (embed, token_embed, classify, token_classify; by default the model's
+        own); outputs are in the order of the prompts."""
+        if pooling_task is not None:
+            pooling_params = _with_task(pooling_params, pooling_task)
+        return self.llm_engine.encode(prompts, pooling_params, use_tqdm=use_tqdm, priority=priority)
 
-    def embed(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        _needs_pooling("embed")
+    def embed(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        prompt_name: str | None = None,
+        use_tqdm: bool = True,
+    ) -> list[PoolingRequestOutput[EmbeddingOutput]]:
+        """An embedding of every prompt. `prompt_name`: which of the model's prompts is put before each text."""
+        if prompt_name is not None:
+            prompts = [_named(prompt, prompt_name) for prompt in as_prompt_list(prompts)]
+        outputs = self.encode(prompts, pooling_params, pooling_task="embed", use_tqdm=use_tqdm)
+        return [output.holding(EmbeddingOutput(output.outputs.tolist())) for output in outputs]
 
-    def classify(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        _needs_pooling("classify")
+    def classify(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[PoolingRequestOutput[ClassificationOutput]]:
+        """The probabilities of the labels of every prompt."""
+        outputs = self.encode(prompts, pooling_params, pooling_task="classify", use_tqdm=use_tqdm)
+        return [output.holding(ClassificationOutput(output.outputs.tolist())) for output in outputs]
 
-    def score(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        _needs_pooling("score")
+    def reward(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        *,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """The rewards of every prompt's tokens."""
+        return self.encode(prompts, pooling_params, pooling_task="token_classify", use_tqdm=use_tqdm)
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+    ) -> list[PoolingRequestOutput[ScoringOutput]]:
+        """How alike one text and every other, or as many texts in pairs, are: by a cross-encoder, else the cosine of
+        their embeddings."""
+        return self.llm_engine.score(data_1, data_2, pooling_params, use_tqdm=use_tqdm, chat_template=chat_template)
 
 
-def _needs_pooling(method: str) -> NoReturn:
-    raise ValueError(f"LLM.{method} needs --runner pooling, which this version does not have yet; use generate or chat")
+def _with_task(params: PoolingParams | Sequence[PoolingParams] | None, task: str) -> Any:
+    if params is None or isinstance(params, PoolingParams):
+        return (params or PoolingParams()).clone(task=task)
+    return [each.clone(task=task) for each in params]
+
+
+def _named(prompt: Any, prompt_name: str) -> Any:
+    return {**(prompt if isinstance(prompt, Mapping) else {"prompt": prompt}), "prompt_name": prompt_name}

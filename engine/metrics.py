@@ -162,6 +162,9 @@ class EngineMetrics:
                     num_prompt_tokens += sequence.num_prompt_tokens
                 num_new_tokens += len(update.new_token_ids)
                 self._take_tokens(sequence, update, now)
+            elif update.pooled is not None:
+                num_prompt_tokens += sequence.num_prompt_tokens
+                self._take_pooled(sequence, update, now)
             if update.error_kind == "queue_full":
                 self._rejections.inc()
             if update.finish_reason == "error":
@@ -170,7 +173,7 @@ class EngineMetrics:
                     self.end(core_id, "error")
             elif update.finish_reason is not None:
                 self.end(update.request_id, update.finish_reason)
-        if num_new_tokens:
+        if num_new_tokens or num_prompt_tokens:
             self._prompt_tokens.inc(num_prompt_tokens)
             self._generation_tokens.inc(num_new_tokens)
             self._step_tokens.observe(num_prompt_tokens + num_new_tokens)
@@ -203,14 +206,8 @@ class EngineMetrics:
     def _take_tokens(self, sequence: _Sequence, update: RequestUpdate, now: float) -> None:
         count = len(update.new_token_ids)
         if not sequence.num_tokens:
-            sequence.queued_time, sequence.scheduled_time = update.queued_time, update.scheduled_time
-            sequence.num_cached_tokens = update.num_cached_tokens or 0
-            sequence.first_token_time = sequence.last_token_time = now
+            self._take_prompt(sequence, update, now)
             self._first_token.observe(now - sequence.arrival_time)
-            self._cached_tokens.inc(sequence.num_cached_tokens)
-            self._cached_source.inc(sequence.num_cached_tokens)
-            self._cached_by_local.inc(sequence.num_cached_tokens)
-            self._computed_source.inc(sequence.num_prompt_tokens - sequence.num_cached_tokens)
             sequence.num_tokens = 1
             count -= 1
         # Tokens that come together share the time since the last ones.
@@ -218,6 +215,21 @@ class EngineMetrics:
             self._between_tokens.observe((now - sequence.last_token_time) / count)
         sequence.num_tokens += count
         sequence.last_token_time = now
+        sequence.num_preemptions = update.num_preemptions
+
+    def _take_prompt(self, sequence: _Sequence, update: RequestUpdate, now: float) -> None:
+        """The prompt has been computed."""
+        sequence.queued_time, sequence.scheduled_time = update.queued_time, update.scheduled_time
+        sequence.num_cached_tokens = update.num_cached_tokens or 0
+        sequence.first_token_time = sequence.last_token_time = now
+        self._cached_tokens.inc(sequence.num_cached_tokens)
+        self._cached_source.inc(sequence.num_cached_tokens)
+        self._cached_by_local.inc(sequence.num_cached_tokens)
+        self._computed_source.inc(sequence.num_prompt_tokens - sequence.num_cached_tokens)
+
+    def _take_pooled(self, sequence: _Sequence, update: RequestUpdate, now: float) -> None:
+        """A prompt has been pooled: it generates nothing, so it counts in no metric of first or later tokens."""
+        self._take_prompt(sequence, update, now)
         sequence.num_preemptions = update.num_preemptions
 
     def _take_stats(self, stats: SchedulerStats) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..models.detokenizer import IncrementalDetokenizer
 from ..models.stop_strings import StopStringMatcher
 from ..models.tokenizer import Tokenizer
 from ..scheduler.plan import TokenLogprobs
+from ..scheduler.pooling_params import PoolingParams
 from ..scheduler.request import RequestUpdate
 from ..scheduler.sampling_params import RequestOutputKind, SamplingParams
 from .errors import RequestFailedError, RequestRejectedError
 from .input_processor import ProcessedRequest
 from .outputs import CompletionOutput, Logprob, RequestOutput, RequestStats
+from .pooling_outputs import PoolingOutput, PoolingRequestOutput
+from .pooling_state import PoolingState
 
 
 @dataclass(slots=True)
@@ -47,8 +51,9 @@ class RequestState:
     """All that is known of one request between its arrival and its last output."""
 
     def __init__(self, request: ProcessedRequest, tokenizer: Tokenizer | None) -> None:
+        assert isinstance(request.params, SamplingParams)
         self.request = request
-        self.params: SamplingParams = request.params
+        self.params = request.params
         self.tokenizer = tokenizer
         self.stats = RequestStats(arrival_time=request.arrival_time)
         self.num_cached_tokens: int | None = None
@@ -211,15 +216,25 @@ class RequestState:
         )
 
 
+AnyState = RequestState | PoolingState
+AnyOutput = RequestOutput | PoolingRequestOutput[PoolingOutput]
+
+
+def new_state(request: ProcessedRequest, tokenizer: Tokenizer | None) -> AnyState:
+    """The state of a request that has just come, by what it asks for."""
+    pools = isinstance(request.params, PoolingParams)
+    return PoolingState(request) if pools else RequestState(request, tokenizer)
+
+
 class OutputProcessor:
     """Keeps the state of every request in flight, by its key, and turns updates into outputs."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
-        self.requests: dict[str, RequestState] = {}
-        self._by_core_id: dict[str, tuple[RequestState, _Sequence]] = {}
+        self.requests: dict[str, AnyState] = {}
+        self._by_core_id: dict[str, tuple[Any, Any]] = {}  # a state and one of its own sequences
 
-    def add(self, state: RequestState) -> None:
+    def add(self, state: AnyState) -> None:
         self.requests[state.key] = state
         for sequence in state.sequences:
             self._by_core_id[sequence.core_id] = (state, sequence)
@@ -241,20 +256,20 @@ class OutputProcessor:
 
     def process(self, updates: Iterable[RequestUpdate]) -> ProcessedUpdates:
         """Take in what the core says. Updates of requests forgotten meanwhile are passed over."""
-        touched: dict[str, RequestState] = {}
+        touched: dict[str, AnyState] = {}
         result = ProcessedUpdates([], [], [])
         for update in updates:
             found = self._by_core_id.get(update.request_id)
             if found is None:
                 continue
             state, sequence = found
-            if update.finish_reason == "error":
+            if update.finish_reason == "error" or (update.finish_reason == "abort" and isinstance(state, PoolingState)):
                 result.failures.append((state, _failure(update)))
                 result.core_ids_to_abort.extend(i for i in self.remove(state.key) if i != update.request_id)
                 touched.pop(state.key, None)
                 continue
             result.num_new_tokens += len(update.new_token_ids)
-            if update.new_token_ids and not state.stats.first_token_ts:
+            if update.pooled is not None or (update.new_token_ids and not state.stats.first_token_ts):
                 result.num_prompt_tokens += len(state.request.prompt_token_ids)
             if state.apply(sequence, update):
                 result.core_ids_to_abort.append(sequence.core_id)
@@ -275,14 +290,16 @@ class ProcessedUpdates:
     """What a batch of updates comes to. Aborts are for sequences that a stop string ended. Prompt tokens are counted
     with the first token of their request."""
 
-    outputs: list[tuple[RequestState, RequestOutput]]
-    failures: list[tuple[RequestState, Exception]]
+    outputs: list[tuple[AnyState, AnyOutput]]
+    failures: list[tuple[AnyState, Exception]]
     core_ids_to_abort: list[str]
     num_prompt_tokens: int = 0
     num_new_tokens: int = 0
 
 
 def _failure(update: RequestUpdate) -> Exception:
+    if update.finish_reason == "abort":
+        return RequestRejectedError("the request was aborted before it was computed; send it again")
     message = update.error or "the engine gave no reason"
     if update.error_kind == "queue_full":
         return RequestRejectedError(message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,6 +29,7 @@ from .graph_startup import GraphShape, start_graphs
 from .model_runner import ModelRunner
 from .npu_limits import for_npu, most_blocks
 from .phases import PhaseTimer
+from .pooling_runner import PoolingRunner
 from .structured.store import GrammarStore
 
 logger = logging.getLogger(__name__)
@@ -45,10 +46,11 @@ class CoreParts:
     """What an engine core is made of."""
 
     scheduler: Scheduler
-    runner: ModelRunner
+    runner: ModelRunner | PoolingRunner
     max_model_len: int
     num_blocks: int
-    grammars: GrammarStore
+    gears: list[int] = field(default_factory=list)  # batch sizes of its graphs
+    grammars: GrammarStore | None = None  # where tokens are sampled
 
 
 def load_core_parts(
@@ -76,21 +78,12 @@ def load_core_parts(
     models = load_models(config, device)
     logger.info("weights loaded in %.1f s", time.monotonic() - start)
     timer.done("weights", weight_bytes)
-    budget = _size_cache(config, spec, device, max_num_seqs, workspace)
+    budget = size_cache(config, spec, device, max_num_seqs, workspace)
     logger.info("memory on %s:\n%s", device, budget.table(weight_bytes, workspace))
     manager = KVCacheManager(
         spec, budget.num_blocks, budget.block_size, enable_prefix_caching=config.args.enable_prefix_caching
     )
-    scheduler_config = SchedulerConfig(
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        max_model_len=budget.max_model_len,
-        enable_chunked_prefill=config.args.enable_chunked_prefill,
-        long_prefill_token_threshold=config.args.long_prefill_token_threshold,
-        policy=config.args.scheduling_policy,
-        max_num_queued_reqs=config.args.max_num_queued_reqs,
-        max_num_queued_tokens=config.args.max_num_queued_tokens,
-    )
+    limits = scheduler_config(config, max_num_seqs, budget.max_model_len)
     parts = allocate_kv_tensors(spec, budget.num_blocks, budget.block_size, device)
     grammars = GrammarStore(config.tokenizer_path, config.model.vocab_size, config.model.eos_token_ids)
     runner = ModelRunner(
@@ -110,8 +103,24 @@ def load_core_parts(
     start_graphs(config, models, runner.graphs, shape, acceptance_rates)
     timer.done("graphs")
     depth = None if config.speculation is None else DraftDepth(config.speculation.choice.depths)
-    scheduler = Scheduler(scheduler_config, manager, depth)
-    return CoreParts(scheduler, runner, budget.max_model_len, budget.num_blocks, grammars)
+    gears = list(runner.graphs.gears)
+    return CoreParts(
+        Scheduler(limits, manager, depth), runner, budget.max_model_len, budget.num_blocks, gears, grammars
+    )
+
+
+def scheduler_config(config: EngineConfig, max_num_seqs: int, max_model_len: int) -> SchedulerConfig:
+    """The limits of an engine whose longest sequence has `max_model_len` tokens."""
+    return SchedulerConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        enable_chunked_prefill=config.args.enable_chunked_prefill,
+        long_prefill_token_threshold=config.args.long_prefill_token_threshold,
+        policy=config.args.scheduling_policy,
+        max_num_queued_reqs=config.args.max_num_queued_reqs,
+        max_num_queued_tokens=config.args.max_num_queued_tokens,
+    )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -173,7 +182,7 @@ def available_bytes(device: torch.device, utilization: float) -> int:
     return max(0, available)
 
 
-def _size_cache(
+def size_cache(
     config: EngineConfig, spec: KVCacheSpec, device: torch.device, max_num_seqs: int, workspace: int
 ) -> KVCacheBudget:
     """The cache by the caller's number of bytes or blocks, or from the memory that is free with the weights loaded."""

@@ -137,10 +137,11 @@ def open_checkpoint(
     if not with_weights:
         return Checkpoint(path, config, generation)
     refuse_tool_files(path)
-    return Checkpoint(path, config, generation, _read_headers(path))
+    return Checkpoint(path, config, generation, read_tensor_headers(path))
 
 
-def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+def read_tensor_headers(folder: Path) -> dict[str, TensorInfo]:
+    """The tensors of a folder's weights by name, by the headers of their files; errors as of `open_checkpoint`."""
     index_file = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     weight_map: dict[str, str] = {}

@@ -68,6 +68,16 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class EncoderConfig:
+    """A bidirectional encoder of BERT's kind (arXiv:1810.04805): every token sees every other, nothing is cached."""
+
+    layer_norm_eps: float
+    activation: str  # gelu | gelu_tanh | relu
+    num_token_types: int
+    first_position: int  # of the first token, in the table of positions; RoBERTa's begin behind its padding id
+
+
+@dataclass(frozen=True)
 class Fp8BlockConfig:
     """Weights stored as float8 e4m3 with one scale per block of [rows, columns]; dequantised at load."""
 
@@ -101,6 +111,7 @@ class ModelConfig:
     mla: MLAConfig | None = None
     indexer: IndexerConfig | None = None  # with mla: attention is sparse
     moe: MoEConfig | None = None
+    encoder: EncoderConfig | None = None  # then rope, norms' eps and windows are not looked at
     quantization: Fp8BlockConfig | None = None
     num_mtp_layers: int = 0  # for multi-token prediction, stored behind the decoder layers; read to speculate
     bos_token_id: int | None = None

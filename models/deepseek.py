@@ -16,7 +16,7 @@ class DeepseekV2ForCausalLM(CausalDecoder):
     def build_layer(self, index: int, placement: Placement) -> DecoderLayer:
         config = self.config
         if config.moe is not None and index in config.moe.layers:
-            mlp = MoE(config.hidden_size, config.moe, placement, bias=config.mlp_bias)
+            mlp = MoE(config.hidden_size, config.moe, index, placement, bias=config.mlp_bias)
         else:
             mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement, bias=config.mlp_bias)
         return DecoderLayer(config, self.build_attention(index, placement), mlp, placement)

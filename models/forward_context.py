@@ -28,6 +28,7 @@ class ForwardContext:
     tokens_per_request: int = 1  # of those that decode
     decode_lengths: list[int] | None = None  # context_lens of those that decode, where attention takes numbers
     handed_on: dict[str, Any] = field(default_factory=dict)  # by a layer to later ones of the same forward
+    token_types: Tensor | None = None  # int64 [tokens], of an encoder that tells segments apart; None: all 0
 
     @property
     def num_decode_tokens(self) -> int:

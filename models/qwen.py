@@ -30,7 +30,7 @@ class Qwen3MoeForCausalLM(CausalDecoder):
         config = self.config
         attention = Attention(config, index, placement)
         if config.moe is not None and index in config.moe.layers:
-            mlp = MoE(config.hidden_size, config.moe, placement)
+            mlp = MoE(config.hidden_size, config.moe, index, placement)
         else:
             mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement)
         return DecoderLayer(config, attention, mlp, placement)

@@ -147,9 +147,9 @@ def _load_plugin(entry_point: metadata.EntryPoint) -> None:
         ) from error
 
 
-def _register_built_in(architecture: str, module: str, config: str) -> None:
+def _register_built_in(architecture: str, module: str, config: str, body: str | None = None) -> None:
     _models[architecture] = RegisteredModel(
-        architecture, f"{__package__}.{module}:{architecture}", f"{__package__}.config_parsers.{config}"
+        architecture, f"{__package__}.{module}:{body or architecture}", f"{__package__}.config_parsers.{config}"
     )
 
 
@@ -162,3 +162,17 @@ _register_built_in("DeepseekV2ForCausalLM", "deepseek", "deepseek:parse_deepseek
 _register_built_in("DeepseekV3ForCausalLM", "deepseek", "deepseek:parse_deepseek_v3")
 _register_built_in("DeepseekV32ForCausalLM", "deepseek", "deepseek:parse_deepseek_v32")
 _register_built_in("GlmMoeDsaForCausalLM", "glm", "deepseek:parse_glm_moe_dsa")
+
+# Architectures that are pooled only, by the model class of their body; what stands behind it: `pooling_config`.
+for _family, _module, _parser in (
+    ("Llama", "llama", "llama:parse_llama"),
+    ("Mistral", "llama", "llama:parse_mistral"),
+    ("Qwen2", "qwen", "qwen:parse_qwen2"),
+    ("Qwen3", "qwen", "qwen:parse_qwen3"),
+):
+    for _ending in ("Model", "ForSequenceClassification"):
+        _register_built_in(f"{_family}{_ending}", _module, _parser, f"{_family}ForCausalLM")
+_register_built_in("Qwen2ForRewardModel", "qwen", "qwen:parse_qwen2", "Qwen2ForCausalLM")
+for _family, _parser in (("Bert", "bert"), ("Roberta", "roberta"), ("XLMRoberta", "roberta")):
+    for _ending in ("Model", "ForMaskedLM", "ForSequenceClassification"):
+        _register_built_in(f"{_family}{_ending}", "bert", f"bert:parse_{_parser}", "BertEncoder")

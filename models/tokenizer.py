@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
+from tokenizers import normalizers
 
 from .byte_level import BYTE_OF_CHARACTER
 from .sentencepiece_model import SPACE
@@ -60,19 +62,47 @@ class Tokenizer:
 
         `add_special_tokens`: also add what the model expects around a text, such as BOS.
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the text is not valid Unicode: lone surrogate at character {error.start}") from error
-        try:
+        with _readable(text):
             if len(text) < _LONG_TEXT:
                 return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
             return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        except BaseException as error:
-            # The library's regular expressions give up by a panic, which is no Exception, e.g. on 12 million spaces.
-            if type(error).__name__ != "PanicException":
-                raise
-            raise ValueError(f"the tokenizer cannot split this text, {error}") from error
+
+    def encode_segments(
+        self,
+        text: str,
+        pair: str | None = None,
+        *,
+        add_special_tokens: bool = True,
+        max_tokens: int | None = None,
+        truncation_side: str = "right",
+    ) -> tuple[list[int], list[int]]:
+        """The ids of a text, or of two joined as the model expects them, and the segment (token type) of each.
+
+        Of what exceeds `max_tokens`, special tokens included, the longer text loses first, at `truncation_side`; the
+        special tokens stay. ValueError where `max_tokens` has no room for these.
+        """
+        backend = self._backend
+        pair = pair or None  # as transformers has it: an empty second text is none
+        with _readable(text + (pair or "")):
+            if max_tokens is None:
+                whole = backend.encode(text, pair, add_special_tokens=add_special_tokens)
+                return whole.ids, whole.type_ids
+            texts = [text] if pair is None else [text, pair]
+            parts = backend.encode_batch(texts, add_special_tokens=False)
+            room = max_tokens
+            if add_special_tokens:
+                room -= backend.num_special_tokens_to_add(pair is not None)
+            if room < 0:
+                raise ValueError(f"the special tokens around the text alone are more than: {max_tokens}")
+            for part, length in zip(parts, _shares([len(part) for part in parts], room), strict=True):
+                part.truncate(length, direction=truncation_side)
+            whole = backend.post_process(parts[0], parts[1] if len(parts) > 1 else None, add_special_tokens)
+            return whole.ids, whole.type_ids
+
+    def lowercase(self) -> None:
+        """Read every text in lower case from now on; called before the tokenizer is shared."""
+        own = [] if self._backend.normalizer is None else [self._backend.normalizer]
+        self._backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])  # type: ignore[assignment]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids` in one piece; ill-formed UTF-8 becomes U+FFFD."""
@@ -157,6 +187,32 @@ class DecoderKind:
             except ValueError:
                 return None
         return None
+
+
+@contextmanager
+def _readable(text: str) -> Iterator[None]:
+    """Around calls of the backend: what it cannot read is a ValueError."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is not valid Unicode: lone surrogate at character {error.start}") from error
+    try:
+        yield
+    except BaseException as error:
+        # The library's regular expressions give up by a panic, which is no Exception, e.g. on 12 million spaces.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer cannot split this text, {error}") from error
+
+
+def _shares(lengths: list[int], room: int) -> list[int]:
+    """How many tokens of one text or two may stay, `room` in all: the longer one loses first."""
+    if sum(lengths) <= room:
+        return lengths
+    if len(lengths) == 1:
+        return [room]
+    shorter = min(lengths[0], lengths[1], room // 2)
+    return [shorter, room - shorter] if lengths[0] <= lengths[1] else [room - shorter, shorter]
 
 
 def _flatten(decoder: dict[str, Any]) -> list[dict[str, Any]]:

@@ -143,3 +143,23 @@ def paged_prefill_attention(
         values = gather_blocks(value_cache, blocks)[0, :context_len]
         outputs.append(causal_attention(chunk, keys, values, scale, window))
     return torch.cat(outputs)
+
+
+def bidirectional_attention(query: Tensor, key: Tensor, value: Tensor, lens: tuple[int, ...], scale: float) -> Tensor:
+    """Attention of whole sequences in which every token sees every other of its own, as in BERT (arXiv:1810.04805).
+
+    query, key, value [sum(lens), heads, dim], sequences one after another without padding; lens on the host, each at
+    least 1 -> [sum(lens), heads, dim]. Neighbours of one length are computed together. Mutates nothing.
+    """
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    start = index = 0
+    while index < len(lens):
+        length, count = lens[index], 1
+        while index + count < len(lens) and lens[index + count] == length:
+            count += 1
+        stop = start + count * length
+        here = [part[start:stop].unflatten(0, (count, length)).transpose(1, 2) for part in (query, key, value)]
+        attended = functional.scaled_dot_product_attention(here[0], here[1], here[2], scale=scale)
+        output[start:stop].unflatten(0, (count, length)).copy_(attended.transpose(1, 2))
+        start, index = stop, index + count
+    return output

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import comm
 from .activation import swiglu
+from .rank_group import RankGroup
 
 
 def gate_topk(
@@ -69,3 +71,22 @@ def routed_experts(hidden: Tensor, weights: Tensor, expert_ids: Tensor, gate_up:
         output.index_add_(0, rows, result.float() * sorted_weights[start : start + load])
         start += load
     return output.to(hidden.dtype)
+
+
+def dispatched_experts(
+    hidden: Tensor, weights: Tensor, expert_ids: Tensor, gate_up: Tensor, down: Tensor, group: RankGroup
+) -> Tensor:
+    """`routed_experts` of experts that are divided over the ranks of a group, in order of rank and evenly.
+
+    hidden [tokens, dim], weights float32 and expert_ids int32 or int64 [tokens, experts_per_token] of this rank, as
+    many tokens on every rank; expert ids count the experts of all ranks; gate_up [local experts, 2 * inter, dim], down
+    [local experts, dim, inter] -> [tokens, dim]. This plain body brings all tokens to all ranks, lets each compute
+    what its experts add, and sums; the terms are rounded to the dtype of `hidden` before. Mutates nothing.
+    """
+    local = gate_up.shape[0]
+    everyone, their_weights, their_ids = (comm.all_gather(part, group) for part in (hidden, weights, expert_ids.long()))
+    places = their_ids - group.rank * local
+    is_here = (places >= 0) & (places < local)
+    # A choice of another rank's expert becomes one of this rank's first, which counts nothing.
+    terms = routed_experts(everyone, their_weights * is_here, places * is_here, gate_up, down)
+    return comm.reduce_scatter(terms, group)

@@ -34,6 +34,7 @@ class OpTable:
     sparse_mla_decode_attention: Callable[..., Tensor]
     gate_topk: Callable[..., tuple[Tensor, Tensor]]
     routed_experts: Callable[..., Tensor]
+    dispatched_experts: Callable[..., Tensor]
     side_stream: Callable[[str], AbstractContextManager[object]]
     prefetch: Callable[[Tensor, Tensor], None]
 
@@ -55,6 +56,7 @@ PLAIN = OpTable(
     sparse_mla_decode_attention=dsa.sparse_mla_decode_attention,
     gate_topk=moe.gate_topk,
     routed_experts=moe.routed_experts,
+    dispatched_experts=moe.dispatched_experts,
     side_stream=hints.side_stream,
     prefetch=hints.prefetch,
 )
@@ -94,7 +96,7 @@ def cpu_table() -> OpTable:
 def npu_table(with_hints: bool = True) -> OpTable:
     """torch-npu's operators, with the weights of `ops.npu.weights`. Needs `ops.npu.library.load` before anything is
     traced. Hints are for what TorchAir lowers to the graph engine, and must be left out of what is captured."""
-    from .npu import activation, attention, cache, dsa, linear, moe, norm, rope
+    from .npu import activation, attention, cache, dispatch, dsa, linear, moe, norm, rope
     from .npu import hints as npu_hints
 
     return OpTable(
@@ -114,6 +116,7 @@ def npu_table(with_hints: bool = True) -> OpTable:
         sparse_mla_decode_attention=dsa.sparse_mla_decode_attention,
         gate_topk=moe.gate_topk,
         routed_experts=moe.routed_experts,
+        dispatched_experts=dispatch.dispatched_experts,
         side_stream=npu_hints.side_stream if with_hints else hints.side_stream,
         prefetch=npu_hints.prefetch if with_hints else hints.prefetch,
     )

@@ -19,7 +19,12 @@ def reason_to_refuse(
         return "invalid", f"a request with this id is running already; choose another: {source.request_id}"
     if not num_prompt:
         return "invalid", "the prompt must hold at least one token: 0"
-    if num_prompt >= config.max_model_len:
+    if source.pooling is not None and num_prompt > config.max_model_len:
+        return "invalid", (
+            f"the model's maximum context length is {config.max_model_len} tokens; shorten the prompt, its number of "
+            f"tokens is: {num_prompt}"
+        )
+    if source.pooling is None and num_prompt >= config.max_model_len:
         return "invalid", (
             f"the model's maximum context length is {config.max_model_len} tokens, output included; "
             f"shorten the prompt, its number of tokens is: {num_prompt}"
@@ -30,8 +35,8 @@ def reason_to_refuse(
             f"{config.max_num_batched_tokens}; enable chunked prefill, raise it or shorten the prompt, "
             f"its number of tokens is: {num_prompt}"
         )
-    # The KV of the last token is never needed: nothing follows it.
-    num_blocks = kv.blocks_for(length_limit(source, config.max_model_len) - 1)
+    # The KV of the last token is never needed: nothing follows it. Only a prompt that is pooled is computed whole.
+    num_blocks = kv.blocks_for(length_limit(source, config.max_model_len) - (source.pooling is None))
     if num_blocks > kv.pool.num_usable:
         return "invalid", (
             f"the KV cache holds {kv.pool.num_usable} blocks of {kv.block_size} tokens; lower max_tokens, shorten "

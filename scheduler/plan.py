@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from .pooling_params import Pooled, PoolingParams
 from .sampling_params import SamplingParams
 
 
@@ -28,6 +29,8 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     bad_words_token_ids: list[list[int]]
     prompt_logprobs_start: int  # prompt positions before this one have been reported already
     grammar: str | None = None  # of `params.structured_outputs`, in the grammar library's format
+    pooling: PoolingParams | None = None  # its prompt is pooled; then nothing is sampled
+    segment_start: int | None = None  # tokens from here on are of the second segment (token type 1)
 
 
 class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -40,7 +43,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_computed: list[int]  # tokens whose KV is stored before this step; of an entry that decodes, at least so many
     num_tokens: list[int]  # tokens computed in this step: positions [num_computed, num_computed + num_tokens)
     new_block_ids: list[list[int]]  # appended to the row's block table before the step
-    samples: list[bool]  # whether the entry reaches its last known token and so samples the next one
+    samples: list[bool]  # whether the entry reaches its last known token and so samples the next one, or is pooled
     num_decode: int = 0  # entries [0, num_decode) decode: they compute their newest token, and the drafts behind it
     num_drafts: int = 0  # that each of them verifies, and that are made for the next step
 
@@ -69,3 +72,4 @@ class StepOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     seconds: float = 0.0  # the step took on the device
     failures: dict[int, str] = {}  # entry -> why its request cannot go on; its tokens mean nothing
     gear: int = 0  # requests that its graph has room for; 0: it ran without a graph
+    pooled: dict[int, Pooled] = {}  # entry -> what its prompt came to, in the place of tokens

@@ -8,6 +8,7 @@ import msgspec
 
 from ..kvcache.manager import RequestBlocks
 from .plan import TokenLogprobs
+from .pooling_params import Pooled, PoolingParams
 from .sampling_params import SamplingParams
 
 
@@ -23,6 +24,8 @@ class RequestInput(msgspec.Struct, frozen=True):
     priority: int = 0  # lower is sooner; used under the "priority" policy only
     cache_salt: str | None = None  # requests share prefix blocks only with requests of the same salt
     grammar: str | None = None  # of `params.structured_outputs`, checked, in the grammar library's format
+    pooling: PoolingParams | None = None  # it ends when its prompt is computed and pooled; params are not looked at
+    segment_start: int | None = None  # tokens from here on are of the second segment (token type 1)
 
 
 class RequestStatus(IntEnum):
@@ -49,6 +52,7 @@ class RequestUpdate(msgspec.Struct, frozen=True, omit_defaults=True, gc=False): 
     scheduled_time: float = 0.0  # likewise: when it was first scheduled
     num_draft_tokens: int = 0  # drafts that were verified for the request so far
     num_accepted_tokens: int = 0  # those of them that became its tokens
+    pooled: Pooled | None = None  # of a request that is pooled, with its finish_reason
 
 
 class Request:
@@ -57,7 +61,7 @@ class Request:
     __slots__ = (
         "blocks", "end_token_ids", "length_limit", "num_accepted_tokens", "num_ahead", "num_cached_tokens",
         "num_computed", "num_draft_tokens", "num_preemptions", "num_prompt_logprobs", "num_prompt_tokens", "num_unread",
-        "order", "queued_time", "row", "scheduled_time", "source", "status", "token_ids",
+        "order", "pools", "queued_time", "row", "scheduled_time", "source", "status", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -70,6 +74,7 @@ class Request:
     ) -> None:
         params = source.params
         self.source = source
+        self.pools = source.pooling is not None
         self.order = order  # (priority, sequence of arrival): smaller goes first; unique
         self.status = RequestStatus.WAITING
         self.token_ids: list[int] = list(source.prompt_token_ids)  # prompt, then what was generated
@@ -110,6 +115,8 @@ class Request:
     @property
     def reads_prefix_cache(self) -> bool:
         """A prompt position found in the cache has no logits, so prompt logprobs must all be reported first."""
+        if self.source.pooling is not None:
+            return not self.source.pooling.skip_reading_prefix_cache
         if self.params.prompt_logprobs is None:
             return not self.params.skip_reading_prefix_cache
         return self.num_prompt_logprobs >= self.num_prompt_tokens - 1
@@ -126,6 +133,8 @@ class Request:
 
 def length_limit(source: RequestInput, max_model_len: int) -> int:
     """Tokens, prompt and output together, at which this sequence ends at the latest."""
+    if source.pooling is not None:
+        return len(source.prompt_token_ids)
     max_tokens = source.params.max_tokens
     if max_tokens is None:
         return max_model_len

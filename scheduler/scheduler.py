@@ -112,6 +112,8 @@ class Scheduler:
         output is not that plan's; then the scheduler's state is as before.
         """
         requests = self._take_in_flight(plan, output)
+        if output.pooled:
+            return self._end_pooled(requests, output)
         all_logprobs, all_prompt_logprobs = output.logprobs, output.prompt_logprobs
         finished, running = RequestStatus.FINISHED, RequestStatus.RUNNING
         num_decode, num_drafts = plan.num_decode, plan.num_drafts
@@ -169,6 +171,29 @@ class Scheduler:
             self._release(ended)
         for request, message in failed:
             updates += self._end([request], "error", message, "invalid")
+        return updates
+
+    def _end_pooled(self, requests: list[Request], output: StepOutput) -> list[RequestUpdate]:
+        """End the requests whose prompts have been pooled; where some are, none decode."""
+        updates: list[RequestUpdate] = []
+        ended: list[Request] = []
+        for entry, pooled in output.pooled.items():
+            request = requests[entry]
+            if request.status is RequestStatus.FINISHED:
+                continue
+            ended.append(request)
+            updates.append(
+                RequestUpdate(
+                    request.source.request_id,
+                    finish_reason="stop",
+                    num_cached_tokens=request.num_cached_tokens,
+                    num_preemptions=request.num_preemptions,
+                    queued_time=request.queued_time,
+                    scheduled_time=request.scheduled_time,
+                    pooled=pooled,
+                )
+            )
+        self._release(ended)
         return updates
 
     @property
@@ -229,7 +254,8 @@ class Scheduler:
             blocks, num_computed = request.blocks, request.num_computed
             num_tokens = len(request.token_ids) + request.num_unread
             count = num_tokens - num_computed
-            if count == 1:  # what `PlanSketch.add` does, spelled out: this is the path of every decoding request
+            # What `PlanSketch.add` does, spelled out: this is the path of every decoding request.
+            if count == 1 and not request.pools:
                 if request.num_unread and num_tokens >= request.length_limit:
                     continue  # a token in flight is its last
                 while sketch.num_drafts and sketch.budget <= sketch.num_drafts:  # its own token goes before drafts
@@ -354,6 +380,8 @@ class Scheduler:
                 bad_words_token_ids=source.bad_words_token_ids,
                 prompt_logprobs_start=request.num_prompt_logprobs + 1,
                 grammar=source.grammar,
+                pooling=source.pooling,
+                segment_start=source.segment_start,
             )
         )
 
@@ -417,8 +445,12 @@ class Scheduler:
         step, requests = self._in_flight[0]
         if not plan.step == output.step == step:
             raise ValueError(f"expected the output of step {step} with its plan, got: {output.step} and {plan.step}")
-        if [bool(tokens) for tokens in output.token_ids] != plan.samples:
-            raise ValueError(f"the output must hold tokens for the entries that sample, and no others: step {step}")
+        pooled = output.pooled
+        if [bool(tokens) or entry in pooled for entry, tokens in enumerate(output.token_ids)] != plan.samples:
+            raise ValueError(
+                "the output must hold what was pooled, or tokens for the entries that sample, and no others: "
+                f"step {step}"
+            )
         if len(output.num_drafts) != (plan.num_decode if plan.num_drafts else 0):
             raise ValueError(
                 f"the output must tell how many drafts were verified for each entry that decodes: step {step}"

@@ -42,8 +42,9 @@ class PlanSketch:
 
     def add(self, request: Request, num_computed: int, count: int, new_block_ids: list[int]) -> None:
         samples = num_computed + count == len(request.token_ids) + request.num_unread
-        request.num_unread += samples
-        if samples and count == 1 and not self.num_drafts:  # one that has just come in has no drafts to verify
+        request.num_unread += samples and not request.pools
+        # one that has just come in has no drafts to verify
+        if samples and count == 1 and not self.num_drafts and not request.pools:
             self.decode_requests.append(request)
             self.decode_rows.append(request.row)
             self.decode_computed.append(num_computed)

@@ -22,6 +22,7 @@ from .messages_api.routes import add_message_routes
 from .middleware import api_key_guard, errors, load_tracker, observer, traced, vllm_api_key_guard
 from .openapi import add_documentation_routes
 from .operator_routes import add_development_routes, add_profile_routes
+from .pooling_routes import add_pooling_routes
 from .responses import ModelCard, ModelList
 from .responses_api.routes import add_response_routes
 from .settings import ServerSettings
@@ -75,6 +76,7 @@ def build_app(engine: AsyncEngine, settings: ServerSettings) -> web.Application:
         )
         add_response_routes(app, prefix)
         add_message_routes(app, prefix)
+        add_pooling_routes(app, prefix)
         if settings.enable_tokenizer_info:
             app.add_routes([web.get(f"{prefix}/tokenizer_info", tokenizer_info)])
         if settings.enable_profile:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from ..engine.outputs import RequestOutput
+from ..engine.pooling_outputs import PoolingRequestOutput
 from ..scheduler.sampling_params import SamplingParams
 from .environment import read_flag
 from .errors import RequestError, invalid_value
 from .parsing.reasoning_parser import ReasoningParser
 from .parsing.registry import REASONING_PARSERS, TOOL_PARSERS
 from .parsing.tool_parser import ToolParser
+from .pooling_protocol import PoolingBody
 from .protocol import GenerationRequest
 from .request_log import OutputLog
 from .request_metrics import RequestMetrics, request_metrics
@@ -64,15 +66,15 @@ class ServerContext:
                 param="model",
             )
 
-    def response_id(self, prefix: str, request: web.Request, body: GenerationRequest) -> str:
+    def response_id(self, prefix: str, request: web.Request, body: GenerationRequest | PoolingBody) -> str:
         """The client's own id if it sent one, behind the API's prefix."""
         return f"{prefix}-{self.request_id(request, body)}"
 
-    def request_id(self, request: web.Request, body: GenerationRequest) -> str:
+    def request_id(self, request: web.Request, body: GenerationRequest | PoolingBody) -> str:
         """The id that the client sent, or a new one."""
         return printable(request.headers.get("X-Request-Id") or body.request_id or uuid.uuid4().hex)
 
-    def priority(self, request: web.Request, body: GenerationRequest) -> int:
+    def priority(self, request: web.Request, body: GenerationRequest | PoolingBody) -> int:
         """The header goes before the body: it is set by whoever stands between the client and this server."""
         text = request.headers.get(PRIORITY_HEADER)
         if text is None:
@@ -120,7 +122,10 @@ class ServerContext:
         return body.return_tokens_as_token_ids
 
     def usage(
-        self, outputs: Sequence[RequestOutput], completion_tokens: int, reasoning_tokens: int | None = None
+        self,
+        outputs: Sequence[RequestOutput] | Sequence[PoolingRequestOutput[Any]],
+        completion_tokens: int,
+        reasoning_tokens: int | None = None,
     ) -> Usage:
         """Token counts over one output of each prompt; without `reasoning_tokens` nothing is said of reasoning."""
         prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)

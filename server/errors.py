@@ -11,7 +11,13 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from ..engine.errors import EngineDeadError, EngineRestartError, EngineShutdownError, RequestRejectedError
+from ..engine.errors import (
+    EngineDeadError,
+    EngineRestartError,
+    EngineShutdownError,
+    RequestRejectedError,
+    WrongRunnerError,
+)
 from ..scheduler.sampling_params import ValidationError
 
 logger = logging.getLogger(__name__)
@@ -62,6 +68,8 @@ def error_info(error: BaseException) -> ErrorInfo:
     """What the client is told of `error`. Nothing internal (paths, tracebacks) is in it; that goes to the log."""
     if isinstance(error, RequestError):
         return error.info
+    if isinstance(error, WrongRunnerError):  # as for a route that is not there
+        return ErrorInfo(_printable(str(error)), HTTPStatus.NOT_FOUND.phrase, None, 404)
     if isinstance(error, ValidationError):
         return ErrorInfo(_printable(str(error)), "BadRequestError", error.parameter, 400)
     if isinstance(error, RequestRejectedError):

@@ -10,6 +10,8 @@ from aiohttp import web
 from .body import read_body, value_error
 from .chat import create_chat_completion
 from .completions import create_completion
+from .embeddings import create_embeddings
+from .scoring import create_scores, rerank
 
 
 class _Kinds(msgspec.Struct):
@@ -17,14 +19,23 @@ class _Kinds(msgspec.Struct):
 
     messages: Any = None
     prompt: Any = None
+    input: Any = None
+    query: Any = None
+    queries: Any = None
 
 
 _decoder = msgspec.json.Decoder(_Kinds)
-_ROUTES = (("messages", create_chat_completion), ("prompt", create_completion))
+_ROUTES = (
+    ("messages", create_chat_completion),
+    ("prompt", create_completion),
+    ("input", create_embeddings),
+    ("query", rerank),
+    ("queries", create_scores),
+)
 
 
 async def invoke(request: web.Request) -> web.StreamResponse:
-    """Answer as the route would that takes such a body: chat completions or completions."""
+    """Answer as the route would that takes such a body: chat, completions, embeddings, rerank or score."""
     kinds = await read_body(request, _decoder)
     for name, handler in _ROUTES:
         if getattr(kinds, name) is not None:

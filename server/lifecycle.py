@@ -94,7 +94,8 @@ class Server:
         refreshing = self._refresh_tls()
         try:
             if await self._load():
-                _note(f"ready after {process_age():.1f} s: {address}/v1/chat/completions")
+                api = "/v1/chat/completions" if self.engine.pooling_config is None else "/pooling"
+                _note(f"ready after {process_age():.1f} s: {address}{api}")
                 await self._serve()
             site.close()
             await self._drain()

@@ -14,6 +14,7 @@ from .context import CONTEXT
 from .docs_page import docs_page
 from .errors import ErrorResponse, json_response
 from .messages_api.protocol import CountTokensRequest, MessageBody, MessagesRequest
+from .pooling_routes import POOLING_BODIES
 from .protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .responses import (
     ChatCompletionResponse,
@@ -38,6 +39,7 @@ _BODIES: dict[tuple[str, str], tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     ("POST", "/v1/responses/{id}/cancel"): ((), (ResponseBody,)),
     ("POST", "/v1/messages"): ((MessagesRequest,), (MessageBody,)),
     ("POST", "/v1/messages/count_tokens"): ((CountTokensRequest,), ()),
+    **{("POST", path): bodies for path, bodies in POOLING_BODIES.items()},
     ("POST", "/invocations"): (
         (ChatCompletionRequest, CompletionRequest),
         (ChatCompletionResponse, CompletionResponse),

@@ -10,6 +10,7 @@ from .body import check_types, value_error
 from .environment import read_count
 from .errors import RequestError, not_supported
 from .parsing.tool_choice import ToolChoice, read_tool_choice
+from .pooling_protocol import InputBody
 from .protocol import (
     MAX_CACHE_SALT_CHARACTERS,
     ChatCompletionRequest,
@@ -69,7 +70,11 @@ def check_request(request: GenerationRequest) -> None:
         raise value_error(f"`stop` may hold at most {MAX_STOP_STRINGS} strings, got {len(request.stop)}.", "stop")
     if request.truncation_side not in (None, "left", "right"):
         raise value_error("`truncation_side` must be left or right.", "truncation_side")
-    salt = request.cache_salt
+    check_cache_salt(request.cache_salt)
+
+
+def check_cache_salt(salt: str | None) -> None:
+    """Raises `RequestError` (400) for a salt that vLLM would not take."""
     if salt is not None and (not salt or len(salt) > MAX_CACHE_SALT_CHARACTERS or not _SALT_FORBIDDEN.isdisjoint(salt)):
         raise value_error(
             f"`cache_salt` must have 1 to {MAX_CACHE_SALT_CHARACTERS} characters, and no @, /, \\ or NUL.", "cache_salt"
@@ -132,6 +137,13 @@ def check_template_options(request: ChatCompletionRequest | TokenizeRequest, *, 
         raise value_error(
             "Cannot set both `continue_final_message` and `add_generation_prompt` to True.", "continue_final_message"
         )
+    check_own_template(request, trust_chat_template=trust_chat_template)
+
+
+def check_own_template(
+    request: ChatCompletionRequest | TokenizeRequest | InputBody, *, trust_chat_template: bool
+) -> None:
+    """Raises `RequestError` (400) for a chat template that the operator does not want from requests."""
     template_given = request.chat_template is not None or "chat_template" in (request.chat_template_kwargs or {})
     if template_given and not trust_chat_template:
         raise RequestError(

@@ -117,7 +117,7 @@ def randomise(model: Any, seed: int) -> None:
         for name, tensor in tensors.items():
             if name.endswith("correction_bias"):
                 tensor.normal_(0, 0.3, generator=generator)
-            elif name.endswith("norm.weight"):
+            elif name.endswith(("norm.weight", "LayerNorm.weight")):
                 tensor.uniform_(0.5, 1.5, generator=generator)
             elif name.endswith("bias"):
                 tensor.normal_(0, 0.5, generator=generator)
@@ -180,6 +180,111 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
             save_tokenizer(directory, settings["vocab_size"])
             made[key] = directory
         return made[key]
+
+    return make
+
+
+ENCODER = {
+    "vocab_size": 515, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 130, "type_vocab_size": 2, "layer_norm_eps": 1e-6,
+}  # fmt: skip
+POOLING_MODULES = {
+    "Transformer": "sentence_transformers.models.Transformer",
+    "Pooling": "sentence_transformers.models.Pooling",
+    "Dense": "sentence_transformers.models.Dense",
+    "Normalize": "sentence_transformers.models.Normalize",
+}
+
+
+def save_pair_tokenizer(directory: Path, *, begin: str, end: str, pair: str, eos_only: bool = False) -> None:
+    """A byte-level BPE tokenizer whose texts stand between special tokens; `pair` joins two, with their types."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [begin, "<pad>", end, "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(TOKENIZER_TEXT, trainer)
+    tokenizer.add_tokens(["no", "yes"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}" if eos_only else f"{begin} $A {end}",
+        pair=pair,
+        special_tokens=[(begin, 0), (end, 2)],
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "unk_token": "<unk>", "eos_token": end,
+        "bos_token": begin, "clean_up_tokenization_spaces": False, "model_max_length": 1000,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+    }  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+@pytest.fixture(scope="session")
+def make_pooling_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_pooling_checkpoint(architecture, modules=(), prompts=None, **config_overrides) -> directory`.
+
+    A tiny random pooling model as transformers saves it, float32, with a tokenizer that puts special tokens around
+    texts; `modules` are those of sentence-transformers behind the transformer: (kind, its config.json). Made once per
+    set of arguments.
+    """
+    made: dict[str, Path] = {}
+
+    def make(
+        architecture: str,
+        modules: tuple[tuple[str, dict[str, Any]], ...] = (),
+        prompts: dict[str, Any] | None = None,
+        saved_by: str | None = None,
+        **config_overrides: Any,
+    ) -> Path:
+        key = json.dumps([architecture, modules, prompts, saved_by, config_overrides], sort_keys=True)
+        if key in made:
+            return made[key]
+        import torch
+        import transformers
+        from safetensors.torch import save_file
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        encodes = "ert" in architecture
+        model_class = getattr(transformers, saved_by or architecture)
+        settings = {**(ENCODER if encodes else {**COMMON, "pad_token_id": 1}), **config_overrides}
+        if architecture.startswith("Qwen3"):
+            settings["head_dim"] = 24
+        with torch.random.fork_rng(devices=[]):
+            model = model_class(model_class.config_class(**settings))
+        randomise(model, 3)
+        directory = tmp_path_factory.mktemp(architecture)
+        model.save_pretrained(directory)
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+        begin, end = ("<s>", "</s>") if "Rob" in architecture or not encodes else ("[CLS]", "[SEP]")
+        pair = f"{begin} $A {end} {end} $B {end}" if begin == "<s>" else f"{begin} $A {end} $B:1 {end}:1"
+        save_pair_tokenizer(directory, begin=begin, end=end, pair=pair, eos_only=not encodes)
+        if modules:
+            entries = [{"idx": 0, "name": "0", "path": "", "type": POOLING_MODULES["Transformer"]}]
+            generator = torch.Generator().manual_seed(11)
+            for index, (kind, module) in enumerate(modules, 1):
+                folder = directory / f"{index}_{kind}"
+                folder.mkdir()
+                (folder / "config.json").write_text(json.dumps(module))
+                if kind == "Dense":
+                    size, inputs = module["out_features"], module["in_features"]
+                    tensors = {"linear.weight": torch.randn(size, inputs, generator=generator) / inputs**0.5}
+                    if module["bias"]:
+                        tensors["linear.bias"] = torch.randn(size, generator=generator)
+                    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+                entries.append({"idx": index, "name": str(index), "path": folder.name, "type": POOLING_MODULES[kind]})
+            (directory / "modules.json").write_text(json.dumps(entries))
+            length = {"max_seq_length": config["max_position_embeddings"] - 4, "do_lower_case": False}
+            (directory / "sentence_bert_config.json").write_text(json.dumps(length))
+            (directory / "config_sentence_transformers.json").write_text(json.dumps(prompts or {"prompts": {}}))
+        made[key] = directory
+        return directory
 
     return make
 

@@ -29,8 +29,10 @@ TORCH_FREE_FOLDERS = ("server", "scheduler", "kvcache")
 TORCH_FREE_MODULES = (
     "engine.config", "engine.inputs", "engine.outputs", "engine.errors", "engine.messages", "engine.front",
     "engine.input_processor", "engine.output_processor", "engine.core_client", "engine.async_engine",
+    "engine.pooling_choice", "engine.pooling_input", "engine.pooling_outputs", "engine.pooling_state", "engine.scoring",
     "models.config", "models.config_parser", "models.registry", "models.tokenizer", "models.detokenizer",
-    "models.chat_template", "models.checkpoint", "models.parallel", "models.speculation",
+    "models.chat_template", "models.checkpoint", "models.parallel", "models.pooling_config",
+    "models.speculation",
 )  # fmt: skip
 
 

@@ -14,15 +14,17 @@ ACTIVATIONS = ("silu", "swish")  # two names of one function
 # Keys that change nothing about a forward pass here.
 INERT = frozenset({
     "architectures", "attention_dropout", "attn_implementation", "auto_map", "aux_loss_alpha", "bad_words_ids",
-    "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "decoder_start_token_id", "diversity_penalty",
-    "do_sample", "early_stopping", "embd_pdrop", "ep_size", "exponential_decay_length_penalty", "finetuning_task",
-    "hidden_dropout", "id2label", "initializer_range", "is_decoder", "label2id", "length_penalty",
-    "max_length", "max_window_layers", "min_length", "model_max_length", "model_type", "name_or_path",
+    "bos_token_id", "chunk_size_feed_forward", "classifier_dropout", "classifier_from_token", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "early_stopping", "embd_pdrop", "ep_size", "exponential_decay_length_penalty",
+    "finetuning_task", "hidden_dropout", "id2label", "initializer_range", "is_decoder", "is_matryoshka",
+    "is_original_qwen3_reranker", "label2id", "length_penalty", "matryoshka_dimensions", "max_length",
+    "max_window_layers", "min_length", "model_max_length", "model_type", "name_or_path", "num_labels",
     "num_return_sequences", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
     "prefix", "pretraining_tp", "problem_type", "pruned_heads", "quantization_config", "remove_invalid_values",
     "resid_pdrop", "return_dict", "return_dict_in_generate", "rope_parameters", "rope_scaling", "rope_theta",
-    "router_aux_loss_coef", "sep_token_id", "seq_aux", "task_specific_params", "tokenizer_class", "torchscript",
-    "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_cache",
+    "router_aux_loss_coef", "sentence_transformers", "sep_token_id", "seq_aux", "task_specific_params",
+    "tokenizer_class", "torchscript", "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed",
+    "unsloth_version", "use_cache",
 })  # fmt: skip
 
 # Keys that change the computation, with the values (null aside) that leave it as it is implemented.
@@ -46,6 +48,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "index_n_heads": (),
     "index_topk": (),
     "interleaved_sliding_window": (),
+    "is_causal": (True,),
     "is_encoder_decoder": (False,),
     "kv_lora_rank": (),
     "layer_types": (),

@@ -13,7 +13,7 @@ from ..forward_context import ForwardContext
 from ..parallel import ParallelLayout
 from ..weights import WeightSlot
 from .attention import Attention
-from .embedding import Embedding
+from .embedding import Embedding, OutputHead
 from .mla import MLAAttention
 from .mlp import GatedMLP
 from .moe import MoE
@@ -60,6 +60,10 @@ class DecoderLayer(nn.Module):
         yield from self.post_attention_norm.weight_slots(f"{prefix}post_attention_layernorm")
         yield from self.mlp.weight_slots(f"{prefix}mlp.")
 
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a tensor of this layer, named without the layer's prefix, is read by other ranks only."""
+        return isinstance(self.mlp, MoE) and name.startswith("mlp.") and self.mlp.is_elsewhere(name[len("mlp.") :])
+
 
 class CausalDecoder(nn.Module):
     """A causal language model; a family says in `build_layer` what its layers are made of.
@@ -80,7 +84,7 @@ class CausalDecoder(nn.Module):
         self.layers = nn.ModuleList(self.build_layer(index, placement) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, placement)
         tied = config.tie_word_embeddings
-        self.head = self.embedding if tied else Embedding(config.vocab_size, config.hidden_size, placement)
+        self.head = self.embedding if tied else OutputHead(config.vocab_size, config.hidden_size, placement)
 
     def build_layer(self, index: int, placement: Placement) -> DecoderLayer:
         """Layer `index` of the family."""
@@ -109,10 +113,16 @@ class CausalDecoder(nn.Module):
             yield from self.head.weight_slots("lm_head")
 
     def ignored_weights(self, name: str) -> bool:
-        """Tensors that files may hold and nobody reads: rope frequencies, which are computed; a tied head; the
-        multi-token prediction layers stored behind the decoder's own."""
+        """Tensors that files may hold and this rank does not read: rope frequencies, which are computed; a tied head;
+        the multi-token prediction layers stored behind the decoder's own; experts of other ranks."""
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.config.tie_word_embeddings):
             return True
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        first = self.config.num_layers
-        return layer is not None and first <= int(layer[1]) < first + self.config.num_mtp_layers
+        match = re.match(r"model\.layers\.(\d+)\.", name)
+        if match is None:
+            return False
+        index, first = int(match[1]), self.config.num_layers
+        if index < first:
+            layer = self.layers[index]
+            assert isinstance(layer, DecoderLayer)
+            return layer.is_elsewhere(name.removeprefix(match[0]))
+        return index < first + self.config.num_mtp_layers

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..weights import WeightSlot
+from ...ops import comm
+from ...ops.rank_group import RankGroup
+from ..weights import Shard, WeightSlot
 from .placement import Placement
 
 
 class Embedding(nn.Module):
-    """Rows of a [vocab, hidden] table. Every rank holds the whole table, so no vocabulary size needs padding."""
+    """Rows of a [vocab, hidden] table, the whole of it on every rank."""
 
     def __init__(self, vocab_size: int, hidden_size: int, placement: Placement) -> None:
         super().__init__()
@@ -29,3 +31,28 @@ class Embedding(nn.Module):
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         yield WeightSlot(f"{prefix}.weight", self.weight)
+
+
+class OutputHead(nn.Module):
+    """An output head of its own. Its rows are split over the ranks where the vocabulary divides, so that no size needs
+    padding; otherwise every rank holds all."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, placement: Placement) -> None:
+        super().__init__()
+        self.ops = placement.ops
+        divides = vocab_size % placement.layout.tensor_size == 0
+        self.group = placement.layout.tensor if divides else RankGroup()
+        start, stop = placement.layout.share(vocab_size, "vocab_size") if divides else (0, vocab_size)
+        self.shard = Shard(0, start, stop, vocab_size) if stop - start < vocab_size else None
+        self.weight = placement.empty(stop - start, hidden_size)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, hidden] -> float32 [n, vocab], on every rank."""
+        own = self.ops.table.linear(hidden, self.weight)
+        if self.group.size == 1:
+            return own.float()
+        parts = comm.all_gather(own, self.group).unflatten(0, (self.group.size, -1))
+        return parts.transpose(0, 1).flatten(1).float()
+
+    def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
+        yield WeightSlot(f"{prefix}.weight", self.weight, self.shard)

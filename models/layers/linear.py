@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ...ops import comm
 from ..weights import Shard, WeightSlot
 from .placement import Placement
 
@@ -63,8 +64,8 @@ class ColumnLinear(nn.Module):
 class RowLinear(nn.Module):
     """`x @ W.T + b`, where W holds the columns of this rank's share of the input (row parallel).
 
-    hidden [..., this rank's in_features] -> [..., out_features]: the rank's term of the sum over ranks; rank 0 adds the
-    bias. The input is `units` pieces of `unit` features that a split must not cut.
+    hidden [..., this rank's in_features] -> [..., out_features], the sum of the ranks' terms; rank 0 adds the bias. The
+    input is `units` pieces of `unit` features that a split must not cut.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class RowLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.ops = placement.ops
+        self.group = placement.layout.tensor
         self.name = name
         start, stop = placement.layout.share(units, name)
         self.shard = Shard(1, start * unit, stop * unit, units * unit) if stop - start < units else None
@@ -79,6 +81,10 @@ class RowLinear(nn.Module):
         self.bias = placement.empty(out_features) if bias and placement.layout.tensor_rank == 0 else None
 
     def forward(self, hidden: Tensor) -> Tensor:
+        return comm.all_reduce(self.term(hidden), self.group)
+
+    def term(self, hidden: Tensor) -> Tensor:
+        """This rank's term of the sum, for those who add more before they sum over the ranks."""
         return self.ops.table.linear(hidden, self.weight, self.bias)
 
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:

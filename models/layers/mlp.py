@@ -24,6 +24,10 @@ class GatedMLP(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(self.ops.table.swiglu(self.gate_up_proj(hidden)))
 
+    def term(self, hidden: Tensor) -> Tensor:
+        """This rank's term of the sum over the ranks: [tokens, hidden] -> [tokens, hidden]."""
+        return self.down_proj.term(self.ops.table.swiglu(self.gate_up_proj(hidden)))
+
     def weight_slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Slots of the layer's tensors; `prefix` ends in a dot, e.g. `model.layers.0.mlp.`."""
         yield from self.gate_up_proj.weight_slots(prefix)

@@ -90,8 +90,9 @@ class MultiTokenPredictor(nn.Module):
 
     def ignored_weights(self, name: str) -> bool:
         """All that is not this layer's: the decoder's tensors, further prediction layers, and in the layer the copies
-        of embedding and head, and rope frequencies."""
+        of embedding and head, rope frequencies, and experts of other ranks."""
         prefix = f"model.layers.{self.index}."
         if not name.startswith(prefix):
             return True
-        return name.removeprefix(prefix) in COPIES or name.endswith("rotary_emb.inv_freq")
+        own = name.removeprefix(prefix)
+        return own in COPIES or name.endswith("rotary_emb.inv_freq") or self.layer.is_elsewhere(own)

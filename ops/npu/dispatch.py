@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..rank_group import RankGroup
+from .activation import swiglu
 from .contracts import HALF, need, need_dtype, need_range, need_shape
+from .moe import grouped_matmul
 
 DYNAMIC_QUANT = 2
 ASSIST_PER_ROW = 128
@@ -42,6 +45,22 @@ class Dispatched:
 def capacity(group: ExpertGroup, tokens: int, experts_per_token: int) -> int:
     """Rows that a rank must have room for: the worst case, in which every token of all ranks goes to it."""
     return tokens * group.size * min(group.local_experts, experts_per_token)
+
+
+def dispatched_experts(
+    hidden: Tensor, weights: Tensor, expert_ids: Tensor, gate_up: Tensor, down: Tensor, group: RankGroup
+) -> Tensor:
+    """As `ops.moe.dispatched_experts`, by `dispatch` and `combine` and grouped products between them, from weights
+    packed by `ops.npu.weights.pack_experts`.
+
+    hidden bfloat16 or float16 [tokens, dim], tokens and dim as `dispatch` takes them; weights float32 and expert_ids
+    int32 [tokens, k]; gate_up [local experts, dim, 2 * inter], down [local experts, inter, dim], 2 experts or more.
+    The group has HCCL's name of its communicator. Mutates nothing.
+    """
+    ranks = ExpertGroup(group.communicator_name, group.size, group.rank, group.size * gate_up.shape[0])
+    sent = dispatch(hidden, expert_ids, ranks)
+    inner = swiglu(grouped_matmul(sent.rows, gate_up, sent.loads))
+    return combine(grouped_matmul(inner, down, sent.loads), expert_ids, weights, sent, ranks)
 
 
 def dispatch(

@@ -63,6 +63,7 @@ def routes() -> set[str]:
 
     class Engine:
         metrics_registry = CollectorRegistry()
+        tracer = None
 
     settings = ServerSettings(
         model="m", enable_tokenizer_info=True, enable_profile=True, enable_development=True, enable_docs=True

@@ -302,7 +302,7 @@ def test_llm_generates_and_chats(path):
     chat = llm.chat(messages, greedy(), use_tqdm=False)
     assert chat[0].prompt == "<|im_start|>user\nWhere are the boats?<|im_end|>\n<|im_start|>assistant\n"
     assert len(llm.chat([messages, messages], greedy(), use_tqdm=False)) == 2
-    for method in (llm.encode, llm.embed, llm.score, llm.classify):
+    for method in (llm.encode, llm.embed, llm.classify, llm.reward, lambda texts: llm.score(texts, texts)):
         with pytest.raises(ValueError, match="--runner pooling"):
             method(["x"])
     with pytest.raises(TypeError, match="tensor_parallel_sizes"):
@@ -501,7 +501,7 @@ def test_end_ids_outside_the_vocabulary_are_ignored(path, tmp_path):
 def test_neutral_arguments_of_vllm_are_taken_and_others_named(path):
     llm = LLM(model=str(path), dtype="float32", runner="generate", kv_cache_dtype="auto", enable_lora=False)
     llm.generate("The harbour", greedy(), use_tqdm=False, lora_request=None)
-    for name, value in (("kv_cache_dtype", "fp8"), ("runner", "pooling"), ("no_such_argument", 1)):
+    for name, value in (("kv_cache_dtype", "fp8"), ("model_impl", "transformers"), ("no_such_argument", 1)):
         with pytest.raises(TypeError, match=name):
             LLM(model=str(path), **{name: value})
 

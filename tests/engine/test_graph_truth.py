@@ -71,6 +71,10 @@ class GatedGraphs:
         of_drafts = () if drafting is None else (*drafting.handoff, *drafting.memory)
         return [*self.graphs.state, *(part for cache in self.graphs.caches for part in cache), *of_drafts]
 
+    @property
+    def last_gear(self) -> int:
+        return self.graphs.last_gear
+
     def replay(self, sampler: str, rows: np.ndarray, num_blocks: int, num_drafts: int = 0) -> torch.Tensor:
         graphs = self.graphs
         key = graphs.key_for(len(rows), sampler, num_drafts)

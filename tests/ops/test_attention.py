@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from omni_engine.ops.attention import paged_decode_attention, paged_prefill_attention, per_token, write_kv_cache
+from omni_engine.ops.attention import (
+    bidirectional_attention,
+    paged_decode_attention,
+    paged_prefill_attention,
+    per_token,
+    write_kv_cache,
+)
 
 BLOCK_SIZE = 4
 CONTEXT_LENS = (1, 9, 4, 14)
@@ -135,3 +141,17 @@ def test_several_tokens_per_request_attend_as_each_would_alone():
         own = lens[request : request + 1] - 2 + place
         alone = paged_decode_attention(query[token : token + 1], keys, values, table[request : request + 1], own, 0.3)
         torch.testing.assert_close(together[token : token + 1], alone)
+
+
+@pytest.mark.parametrize("lens", [(5,), (3, 3, 3), (1, 7, 7, 2)])
+def test_bidirectional_attention_sees_its_own_sequence_and_all_of_it(lens: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(sum(lens), 3, 8, generator=generator) for _ in range(3))
+    output = bidirectional_attention(query, key, value, lens, 0.3)
+    owners = torch.arange(len(lens)).repeat_interleave(torch.tensor(lens))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * 0.3
+    scores = scores.masked_fill(owners.unsqueeze(1) != owners, float("-inf"))
+    expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
+    assert torch.allclose(output, expected, atol=1e-6)
+    causal = torch.einsum("hqk,khd->qhd", scores.tril().masked_fill(scores.tril() == 0, -1e9).softmax(-1), value)
+    assert sum(lens) == 1 or not torch.allclose(output, causal, atol=1e-2)

@@ -84,6 +84,7 @@ class FakeEngine:
         self.tracer = None
         self.max_model_len = 64
         self.model_config = SimpleNamespace(vocab_size=300)
+        self.pooling_config = None
         self.metrics_registry = CollectorRegistry()
         self.tokenizer = FakeTokenizer()
         self.default_sampling_params: dict[str, Any] = {}

@@ -26,6 +26,7 @@ class SlowEngine:
     dead_error: BaseException | None = None
     max_model_len = 64
     tokenizer = None
+    pooling_config = None
     served_model_name = "m"
     tracer = None
 
