@@ -33,7 +33,10 @@ def measure_machine_rates(device: torch.device, dtype: str) -> MachineRates:
     """The best of several repeats and kernels, in about 2 s, with torch's present number of threads.
 
     dtype: float32 | bfloat16 | float16. Other work on the machine makes the rates too low, and so the floor too high.
+    Raises ValueError on a device that is not measured yet.
     """
+    if device.type not in READ_BYTES:
+        raise ValueError(f"the rates of {' and '.join(READ_BYTES)} are measured, and not yet those of: {device}")
     return MachineRates(
         bytes_per_second=_read_rate(device),
         flops_per_second=max(_product_rate(device, TORCH_DTYPES[name]) for name in _product_dtypes(device, dtype)),
