@@ -102,7 +102,7 @@ def main() -> None:
                         "divided by their number, for machines that others use too")  # fmt: skip
     arguments = parser.parse_args()
     clock = time.perf_counter if arguments.clock == "wall" else lambda: time.process_time() / arguments.threads
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

@@ -73,6 +73,10 @@ class TimedGraphs:
         self.seconds += time.perf_counter() - start
         return output
 
+    @property
+    def last_gear(self) -> int:
+        return self.graphs.last_gear
+
     def close(self) -> None:
         """Of the runner's owner; the graphs are needed longer than the loop is."""
 

@@ -133,8 +133,8 @@ WRONG = [
     completion(param="truncate_prompt_tokens", truncate_prompt_tokens=LENGTH + 1),
     # not built, so never silence
     completion(param="use_beam_search", use_beam_search=True, stream=True),
-    completion(param="structured_outputs", structured_outputs={"regex": "a", "choice": ["b"]}),
-    completion(param="response_format", response_format={"type": "json_schema"}),
+    completion(kind=BODY, param="structured_outputs", structured_outputs={"regex": "a", "choice": ["b"]}),
+    completion(kind=BODY, param="response_format", response_format={"type": "json_schema"}),
     completion(param="suffix", suffix="b"),
     completion(param="prompt_embeds", prompt_embeds="AAAA"),
     # chat
@@ -146,7 +146,6 @@ WRONG = [
     chat(kind=BODY, param="tool_choice", tool_choice="auto", text="`tools` must be set"),
     chat(kind=BODY, param="tool_choice", tools=[TOOL], tool_choice="some"),
     chat(kind=BODY, param="tool_choice", tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}),
-    chat(param="tool_choice", tools=[TOOL], tool_choice={"type": "function", "function": {"name": "f"}}),
     chat(param="tool_choice", tools=[TOOL], text="requires --enable-auto-tool-choice"),
     chat(kind=BODY, param="continue_final_message", continue_final_message=True, add_generation_prompt=True),
     chat(param="chat_template", chat_template="{{ 1 }}", text="--trust-request-chat-template is not set"),
@@ -190,6 +189,7 @@ RIGHT = [
     completion(200, top_k=-1, seed=-1, user="me", length_penalty=1, stop=None),
     chat(200, logprobs=True, top_logprobs=20),
     chat(200, reasoning_effort="low", parallel_tool_calls=False, tools=[TOOL], tool_choice="none"),
+    chat(200, tools=[TOOL], tool_choice={"type": "function", "function": {"name": "f"}}),
     chat(200, response_format={"type": "text"}, add_generation_prompt=False, continue_final_message=True),
     ("/tokenize", {"messages": USER}, 200, None, None, ""),
     ("/detokenize", {"tokens": []}, 200, None, None, ""),

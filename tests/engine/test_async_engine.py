@@ -14,6 +14,7 @@ import pytest
 
 from omni_engine import AsyncEngine, Engine, EngineArgs, RequestOutputKind, SamplingParams, ValidationError
 from omni_engine.engine.errors import EngineDeadError, EngineRestartError, RequestRejectedError
+from omni_engine.engine.output_processor import new_state
 
 PROMPT = [(5 * i) % 400 + 4 for i in range(40)]
 
@@ -174,7 +175,7 @@ def test_the_core_refuses_a_request_it_cannot_read_and_goes_on(engine, run):
     async def unreadable():
         request = await engine._process("bad", PROMPT, greedy(), 0)
         request.core_requests[0].params.top_p = 7.0  # set behind the validation's back
-        stream = engine._submit(request)
+        stream = engine._submit(new_state(request, engine.tokenizer))
         try:
             return await asyncio.wait_for(stream.get(), 10)
         finally:

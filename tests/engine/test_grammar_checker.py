@@ -92,11 +92,11 @@ def test_a_process_that_has_died_is_replaced(checker):
 
 def test_a_grammar_that_kills_the_process_is_refused(checker, monkeypatch):
     checker.check(constraint(regex="w"))
-    pid = checker._process.pid
     exchange = checker._exchange
 
     def dies_meanwhile(process, message, timeout):
-        os.kill(pid, signal.SIGABRT)  # as the library does when it finds no memory
+        os.kill(process.pid, signal.SIGABRT)  # as the library does when it finds no memory
+        process.wait()
         return exchange(process, message, timeout)
 
     monkeypatch.setattr(checker, "_exchange", dies_meanwhile)

@@ -66,6 +66,10 @@ class GatedGraphs:
         self.mismatch: Mismatch | None = None  # told at the end: raised in a step it would be the engine's death
 
     @property
+    def last_gear(self) -> int:
+        return self.graphs.last_gear
+
+    @property
     def tensors(self) -> list[torch.Tensor]:
         drafting = self.graphs.drafting
         of_drafts = () if drafting is None else (*drafting.handoff, *drafting.memory)

@@ -331,7 +331,7 @@ SENTENCE_CASES = {
 def test_embeddings_are_those_of_sentence_transformers(
     make_pooling_checkpoint: MakeCheckpoint, tmp_path: Path, name: str
 ) -> None:
-    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
 
     architecture, modules, overrides = SENTENCE_CASES[name]
     prompts = {"prompts": {"query": "Find what answers: ", "document": ""}, "default_prompt_name": "query"}
@@ -355,7 +355,7 @@ def test_embeddings_are_those_of_sentence_transformers(
 
 @needs_sentence_transformers
 def test_a_cross_encoder_scores_as_sentence_transformers(make_pooling_checkpoint: MakeCheckpoint) -> None:
-    from sentence_transformers import CrossEncoder
+    from sentence_transformers import CrossEncoder  # pyright: ignore[reportMissingImports]
 
     for activation in (None, "torch.nn.modules.linear.Identity"):
         config = {} if activation is None else {"sentence_transformers": {"activation_fn": activation}}

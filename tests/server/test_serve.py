@@ -43,6 +43,9 @@ class SlowEngine:
     async def start(self) -> None:
         pass
 
+    def warm_up_grammars(self) -> None:
+        pass
+
     async def wait_ready(self) -> None:
         await self.loaded.wait()
         if self.load_error is not None:

@@ -25,7 +25,8 @@ from aiohttp import ClientSession, ClientWebSocketResponse, WSMsgType
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-    "--hide-scrollbars", "--remote-debugging-port=0",
+    "--disable-breakpad", "--disable-crash-reporter", "--hide-scrollbars",
+    "--remote-debugging-port=0",
 )  # fmt: skip
 START_SECONDS = 60.0
 MAIN = "from omni_engine.server.cli import main; import sys; sys.exit(main())"
