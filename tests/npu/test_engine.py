@@ -199,13 +199,14 @@ def test_what_the_operators_do_not_take_is_refused(start, options, message) -> N
 
 def test_the_cache_is_no_larger_than_attention_takes(graphs, tiny_models, tmp_path: Path) -> None:
     """The simulated device has 64 TiB free."""
+    from omni_engine.engine.build import cache_spec
     from omni_engine.engine.config import EngineArgs, EngineConfig
     from omni_engine.engine.npu_limits import for_npu
-    from omni_engine.engine.startup import _size_cache, cache_spec
+    from omni_engine.engine.startup import size_cache
 
     args = EngineArgs(tiny_models.write_config("DEEPSEEK_V3", tmp_path), load_format="dummy", skip_tokenizer_init=True)
     config = for_npu(EngineConfig.from_args(args))
-    budget = _size_cache(config, cache_spec(config), torch.device("npu:0"), 256, 0)
+    budget = size_cache(config, cache_spec(config), torch.device("npu:0"), 256, 0)
     assert (budget.block_size, budget.num_blocks) == (128, 32767)
     assert budget.num_blocks * 128 * 512 < 2**31 <= (budget.num_blocks + 1) * 128 * 512
 
