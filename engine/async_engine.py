@@ -35,10 +35,10 @@ from .metrics import EngineMetrics
 from .output_processor import AnyState, RequestState
 from .outputs import RequestOutput
 from .phases import Phase, PhaseTimer, phase_records, phase_table
-from .pooling_input import PoolingInputProcessor
-from .pooling_outputs import PoolingOutput, PoolingRequestOutput
-from .pooling_state import PoolingState
-from .scoring import ScoringPlan, plan_scores
+from .pooling.input import PoolingInputProcessor
+from .pooling.outputs import PoolingOutput, PoolingRequestOutput
+from .pooling.scoring import ScoringPlan, plan_scores
+from .pooling.state import PoolingState
 from .stats_log import StatsLog
 from .tracing import RequestTracer
 

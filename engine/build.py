@@ -23,9 +23,9 @@ from ..models.registry import resolve
 from ..models.weights import load_weights
 from ..ops.table import OpTable
 from .config import EngineConfig
-from .draft_buffers import Drafting, allocate_drafting
-from .drafting import Drafter, ModelDrafter, MTPDrafter, NgramDrafter
-from .verification import SyntheticAcceptance, accept_equal
+from .speculation.buffers import Drafting, allocate_drafting
+from .speculation.drafting import Drafter, ModelDrafter, MTPDrafter, NgramDrafter
+from .speculation.verification import SyntheticAcceptance, accept_equal
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from ..models.generation_config import extra_eos_token_ids, sampling_defaults
 from ..models.pooling_config import PoolingConfig
 from ..models.speculation import check_multi_token_prediction
 from ..scheduler.sampling_params import SamplingParams
-from .graph_config import GRAPH_BACKENDS, choose_graphs
-from .pooling_choice import CONVERSIONS, RUNNERS, choose_pooling
+from .graphs.config import GRAPH_BACKENDS, choose_graphs
+from .pooling.choice import CONVERSIONS, RUNNERS, choose_pooling
 from .profiling import choose_profiler
-from .speculation import Speculation, check_draft_model, choose_speculation, with_shorthands
+from .speculation.config import Speculation, check_draft_model, choose_speculation, with_shorthands
 
 logger = logging.getLogger(__name__)
 DEMO_MODEL = Path(__file__).parents[1] / "models" / "demo" / "deepseek"

@@ -18,8 +18,8 @@ from .load import CoreLoad, StepReport
 from .messages import CoreInfo
 from .model_runner import ModelRunner
 from .phases import PhaseTimer
-from .pooling_runner import PoolingRunner
-from .pooling_startup import load_pooling_parts
+from .pooling.runner import PoolingRunner
+from .pooling.startup import load_pooling_parts
 from .profiling import StepProfiler, choose_profiler
 from .startup import load_core_parts
 from .structured.store import GrammarStore

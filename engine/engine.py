@@ -23,8 +23,8 @@ from .front import Front
 from .inputs import PromptType, as_prompt_list, is_conversation
 from .output_processor import new_state
 from .outputs import RequestOutput
-from .pooling_outputs import PoolingOutput, PoolingRequestOutput, ScoringOutput
-from .scoring import plan_scores
+from .pooling.outputs import PoolingOutput, PoolingRequestOutput, ScoringOutput
+from .pooling.scoring import plan_scores
 
 _Request = tuple[PromptType, SamplingParams | PoolingParams, int]  # and its priority
 

@@ -15,7 +15,7 @@ from .config import EngineConfig
 from .input_processor import InputProcessor
 from .inputs import is_conversation
 from .output_processor import OutputProcessor
-from .pooling_input import PoolingInputProcessor
+from .pooling.input import PoolingInputProcessor
 from .structured.checker import GrammarChecker
 from .structured.worker import WorkerJob
 

@@ -12,7 +12,7 @@ from .config import EngineArgs
 from .engine import Engine
 from .inputs import PromptType, as_prompt_list
 from .outputs import RequestOutput
-from .pooling_outputs import (
+from .pooling.outputs import (
     ClassificationOutput,
     EmbeddingOutput,
     PoolingOutput,

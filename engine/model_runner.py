@@ -16,14 +16,14 @@ from ..models.forward_context import ForwardContext
 from ..ops.sampling import apply_token_bitmask
 from ..scheduler.plan import NewRow, StepOutput, StepPlan, TokenLogprobs
 from .constrained_rows import ConstrainedRows, StepMasks
-from .decode_step import DRAFT, Decoder, draft
-from .draft_buffers import Drafting
-from .drafting import StepTokens
-from .graph_runner import GraphRunner
+from .graphs.decode_step import DRAFT, Decoder, draft
+from .graphs.runner import GraphRunner
 from .row_state import RowTable, commit_tokens, decode_context, table_width
 from .sampler import Sampled, Sampler, gather_logprobs
+from .speculation.buffers import Drafting
+from .speculation.drafting import StepTokens
+from .speculation.verification import accept_equal, draft_window, verify, window_ids
 from .structured.store import GrammarStore
-from .verification import accept_equal, draft_window, verify, window_ids
 
 # Prompt positions whose logits are held at once: 256 x 150k x 4 bytes = 150 MB.
 PROMPT_LOGPROBS_CHUNK = 256

@@ -17,8 +17,8 @@ from ..scheduler.sampling_params import RequestOutputKind, SamplingParams
 from .errors import RequestFailedError, RequestRejectedError
 from .input_processor import ProcessedRequest
 from .outputs import CompletionOutput, Logprob, RequestOutput, RequestStats
-from .pooling_outputs import PoolingOutput, PoolingRequestOutput
-from .pooling_state import PoolingState
+from .pooling.outputs import PoolingOutput, PoolingRequestOutput
+from .pooling.state import PoolingState
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops import sampling
 from ..scheduler.plan import NewRow, TokenLogprobs
-from .decode_step import SAMPLERS
+from .graphs.decode_step import SAMPLERS
 
 
 @dataclass

@@ -25,11 +25,11 @@ from ..scheduler.draft_depth import DraftDepth
 from ..scheduler.scheduler import Scheduler, SchedulerConfig
 from .build import build_models, cache_spec, load_models, make_drafting
 from .config import EngineConfig
-from .graph_startup import GraphShape, start_graphs
+from .graphs.startup import GraphShape, start_graphs
 from .model_runner import ModelRunner
-from .npu_limits import for_npu, most_blocks
+from .npu.limits import for_npu, most_blocks
 from .phases import PhaseTimer
-from .pooling_runner import PoolingRunner
+from .pooling.runner import PoolingRunner
 from .structured.store import GrammarStore
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from .graph_commands import count_graphs, format_bytes, format_table, printable
 from .serve_arguments import take_model_argument
 
 if TYPE_CHECKING:
-    from ..engine.graph_compile import CompiledGraph
+    from ..engine.graphs.compile import CompiledGraph
 
 _COLUMNS = ("gear", "sampler", "status", "seconds", "size")
 _MEANING = (
@@ -42,7 +42,7 @@ def run_compile(parser: CommandParser, arguments: argparse.Namespace) -> int:
 
 
 def compile_graphs(args: EngineArgs, *, as_json: bool, show_bar: bool) -> int:
-    from ..engine.graph_compile import compile_missing  # brings torch
+    from ..engine.graphs.compile import compile_missing  # brings torch
 
     start = time.monotonic()
     with tqdm(desc="Compiling", unit="graph", disable=not show_bar) as bar:

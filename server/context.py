@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from ..engine.outputs import RequestOutput
-from ..engine.pooling_outputs import PoolingRequestOutput
+from ..engine.pooling.outputs import PoolingRequestOutput
 from ..scheduler.sampling_params import SamplingParams
 from .environment import read_flag
 from .errors import RequestError, invalid_value

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..engine.npu_doctor import GROUPS, Finding, Report, examine
-from ..engine.npu_machine import Fact, machine_facts
+from ..engine.npu.doctor import GROUPS, Finding, Report, examine
+from ..engine.npu.machine import Fact, machine_facts
 from .arguments import CommandParser
 from .graph_commands import format_table
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from aiohttp import web
 
-from ..engine.pooling_outputs import PoolingOutput
+from ..engine.pooling.outputs import PoolingOutput
 from ..scheduler.pooling_params import PoolingParams
 from .body import read_body, value_error
 from .context import CONTEXT

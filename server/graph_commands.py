@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engine.graph_cache import GraphCache
-from ..engine.graph_entry import GraphEntry
-from ..engine.graph_key import installed_versions
+from ..engine.graphs.cache import GraphCache
+from ..engine.graphs.entry import GraphEntry
+from ..engine.graphs.key import installed_versions
 from .arguments import CommandParser, parse_size
 
 _COMMANDS = {

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.config import EngineArgs, EngineConfig
 from ..engine.floor import decode_cost, floor_seconds
-from ..engine.npu_chips import CHIPS, chip_rates
-from ..engine.simulated_npu import load_simulated_npu
+from ..engine.npu.chips import CHIPS, chip_rates
+from ..engine.npu.simulated import load_simulated_npu
 from .arguments import CommandParser, add_engine_arguments, engine_args, parse_size
 from .graph_commands import format_bytes, format_table
 from .serve_arguments import take_model_argument
 
 if TYPE_CHECKING:
-    from ..engine.graph_lowering import LoweredStep
+    from ..engine.npu.lowering import LoweredStep
 
 _MEANING = (
     "Lower a decode step with torch-npu's own TorchAir on a simulated device, which computes nothing: no weights are "
@@ -53,8 +53,8 @@ def run_lower(words: Sequence[str]) -> int:
     args = replace(engine_args(arguments), load_format="dummy", skip_tokenizer_init=True)
     config = _config(args, arguments.layers)
     load_simulated_npu()
-    from ..engine.graph_lowering import lower_step
-    from ..engine.graph_runner import GraphKey
+    from ..engine.graphs.runner import GraphKey
+    from ..engine.npu.lowering import lower_step
 
     tokens = 1 if config.speculation is None else 1 + config.speculation.choice.num_drafts
     step = lower_step(config, GraphKey(arguments.gear, tokens, arguments.sampler))

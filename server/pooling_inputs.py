@@ -7,7 +7,7 @@ from typing import Any
 
 from aiohttp import web
 
-from ..engine.pooling_outputs import PoolingOutput, PoolingRequestOutput
+from ..engine.pooling.outputs import PoolingOutput, PoolingRequestOutput
 from ..models.pooling_config import PoolingConfig
 from ..scheduler.pooling_params import PoolingParams
 from .body import value_error

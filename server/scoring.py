@@ -6,7 +6,7 @@ import time
 
 from aiohttp import web
 
-from ..engine.pooling_outputs import PoolingRequestOutput, ScoringOutput
+from ..engine.pooling.outputs import PoolingRequestOutput, ScoringOutput
 from ..scheduler.pooling_params import PoolingParams
 from .body import read_body, value_error
 from .context import CONTEXT, ServerContext

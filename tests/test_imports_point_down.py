@@ -29,7 +29,8 @@ TORCH_FREE_FOLDERS = ("server", "scheduler", "kvcache")
 TORCH_FREE_MODULES = (
     "engine.config", "engine.inputs", "engine.outputs", "engine.errors", "engine.messages", "engine.front",
     "engine.input_processor", "engine.output_processor", "engine.core_client", "engine.async_engine",
-    "engine.pooling_choice", "engine.pooling_input", "engine.pooling_outputs", "engine.pooling_state", "engine.scoring",
+    "engine.pooling.choice", "engine.pooling.input", "engine.pooling.outputs", "engine.pooling.state",
+    "engine.pooling.scoring",
     "models.config", "models.config_parser", "models.registry", "models.tokenizer", "models.detokenizer",
     "models.chat_template", "models.checkpoint", "models.parallel", "models.pooling_config",
     "models.speculation",

@@ -15,9 +15,9 @@ from typing import Any
 from tqdm import tqdm
 
 from ...engine.config import EngineConfig
-from ...engine.decode_loop import SAMPLING, DecodeLoop, StepTimes, TimedGraphs
 from ...engine.floor import StepCost, decode_cost, draft_model_cost, floor_seconds, prediction_cost
-from ...engine.speculation import choose_speculation
+from ...engine.graphs.decode_loop import SAMPLING, DecodeLoop, StepTimes, TimedGraphs
+from ...engine.speculation.config import choose_speculation
 from ..arguments import add_engine_arguments, engine_args
 from ..serve_arguments import take_model_argument
 from .arguments import BenchParser, batch_sizes, count, fixed_depth, positive_int, write_json
@@ -84,9 +84,9 @@ def _measure(config: EngineConfig, arguments: argparse.Namespace, stack: context
     import torch
 
     from ...engine.core import EngineCore
-    from ...engine.decode_step import DRAFT
-    from ...engine.graph_config import choose_graphs, resolve_graphs
-    from ...engine.graph_startup import build_kernels
+    from ...engine.graphs.config import choose_graphs, resolve_graphs
+    from ...engine.graphs.decode_step import DRAFT
+    from ...engine.graphs.startup import build_kernels
     from ...engine.machine_rates import measure_machine_rates
     from ...engine.startup import resolve_device
 

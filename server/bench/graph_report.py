@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ...engine.decode_loop import StepTimes
 from ...engine.floor import Floor, StepCost
+from ...engine.graphs.decode_loop import StepTimes
 from .plot import Line, line_plot
 
 _HOST_ROWS = {

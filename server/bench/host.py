@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ...engine.config import EngineArgs, EngineConfig
-from ...engine.decode_loop import DecodeLoop, StepTimes, TimedGraphs
-from ...engine.speculation import choose_speculation
+from ...engine.graphs.decode_loop import DecodeLoop, StepTimes, TimedGraphs
+from ...engine.speculation.config import choose_speculation
 from ..arguments import parse_json_object
 from .arguments import BenchParser, batch_sizes, count, fixed_depth, positive_int, write_json
 
@@ -112,7 +112,7 @@ def _loop(folder: Path, arguments: argparse.Namespace, num_requests: int, num_to
     import torch
 
     from ...engine.core import EngineCore
-    from ...engine.graph_runner import CaptureReport, GraphRunner
+    from ...engine.graphs.runner import CaptureReport, GraphRunner
 
     class InstantGraphs:
         """A backend whose graphs compute nothing: every token is the same, and every draft accepted."""

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...engine.config import DEMO_MODEL, EngineArgs, EngineConfig
-from ...engine.speculation import with_shorthands
+from ...engine.speculation.config import with_shorthands
 from ...models.tokenizer import load_tokenizer
 from ...scheduler.request import RequestInput
 from ...scheduler.sampling_params import SamplingParams
@@ -186,7 +186,7 @@ def _measure(
     import torch
 
     from ...engine.core import EngineCore
-    from ...engine.graph_startup import build_kernels
+    from ...engine.graphs.startup import build_kernels
     from ...engine.startup import resolve_device
 
     config, rates = contenders[0].config, arguments.synthetic_acceptance
@@ -263,7 +263,7 @@ def prompt_source(
 def wait_for_graphs(core: EngineCore, contender: Contender, arguments: argparse.Namespace, is_required: bool) -> None:
     """Wait for the graphs that the engine's steps need, then stop its background, as it would be timed. Raises
     ValueError if they are required and not all there."""
-    from ...engine.graph_config import choose_graphs
+    from ...engine.graphs.config import choose_graphs
 
     graphs = core.runner.graphs
     parts = dict.fromkeys("gumbel" if temperature else "greedy" for temperature in arguments.temperature)

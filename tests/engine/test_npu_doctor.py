@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from omni_engine.engine import npu_machine
-from omni_engine.engine.npu_doctor import DEVICE_GROUP, START, Finding, Report, examine
-from omni_engine.engine.npu_machine import machine_facts
+from omni_engine.engine.npu import machine as npu_machine
+from omni_engine.engine.npu.doctor import DEVICE_GROUP, START, Finding, Report, examine
+from omni_engine.engine.npu.machine import machine_facts
 from omni_engine.server.cli import main
 
 # The worker's own loop over checks that do what operators may do.
 WORKER = """
 import os, signal, sys, time
-from omni_engine.engine.npu_doctor_worker import Bench, Reported, run_checks, telling
+from omni_engine.engine.npu.doctor_worker import Bench, Reported, run_checks, telling
 
 def crashes(bench):
     print("the operator's last words", flush=True)

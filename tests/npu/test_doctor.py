@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from omni_engine.engine.npu_doctor import GROUPS
-from omni_engine.engine.npu_doctor_worker import Bench, Reported, eager_check, graph_check
-from omni_engine.engine.npu_model_checks import MODEL_GROUPS, MODELS, gear_case
+from omni_engine.engine.npu.doctor import GROUPS
+from omni_engine.engine.npu.doctor_worker import Bench, Reported, eager_check, graph_check
+from omni_engine.engine.npu.model_checks import MODEL_GROUPS, MODELS, gear_case
 from omni_engine.ops.npu import norm as npu_norm
 from omni_engine.ops.npu.op_checks import OP_GROUPS, op_checks
 from omni_engine.server.cli import main

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from omni_engine import Engine, SamplingParams
-from omni_engine.engine.graph_runner import GraphKey, GraphRunner
-from omni_engine.engine.graph_supply import GraphError
+from omni_engine.engine.graphs.runner import GraphKey, GraphRunner
+from omni_engine.engine.graphs.supply import GraphError
 
 MTP = {"method": "mtp", "num_speculative_tokens": 1, "adaptive_depth": False}
 PROMPTS = [[5, 6, 7], [8] * 130]
@@ -109,7 +109,7 @@ def test_a_step_is_captured_call_by_call_and_replayed(start, trace, simulator, m
 
 
 def test_a_step_without_one_op_is_seen(start, trace, monkeypatch) -> None:
-    from omni_engine.engine import graph_startup
+    from omni_engine.engine.graphs import startup as graph_startup
     from omni_engine.ops.table import npu_table
 
     def without_writes(with_hints: bool) -> Any:
@@ -171,7 +171,7 @@ def test_an_eager_step_is_told_its_lengths(start, trace, simulator) -> None:
 
 
 def test_a_graph_that_cannot_be_made_is_told_and_its_steps_run_eager(start, monkeypatch, caplog) -> None:
-    from omni_engine.engine import npu_graphs
+    from omni_engine.engine.npu import graphs as npu_graphs
 
     def refuse(*arguments: Any, **options: Any) -> Any:
         raise RuntimeError("the graph engine says no")
@@ -201,7 +201,7 @@ def test_the_cache_is_no_larger_than_attention_takes(graphs, tiny_models, tmp_pa
     """The simulated device has 64 TiB free."""
     from omni_engine.engine.build import cache_spec
     from omni_engine.engine.config import EngineArgs, EngineConfig
-    from omni_engine.engine.npu_limits import for_npu
+    from omni_engine.engine.npu.limits import for_npu
     from omni_engine.engine.startup import size_cache
 
     args = EngineArgs(tiny_models.write_config("DEEPSEEK_V3", tmp_path), load_format="dummy", skip_tokenizer_init=True)
@@ -212,8 +212,8 @@ def test_the_cache_is_no_larger_than_attention_takes(graphs, tiny_models, tmp_pa
 
 
 def test_keys_are_functions_of_their_own() -> None:
-    from omni_engine.engine.decode_step import DecodeStep
-    from omni_engine.engine.npu_graphs import gear_function
+    from omni_engine.engine.graphs.decode_step import DecodeStep
+    from omni_engine.engine.npu.graphs import gear_function
 
     program = DecodeStep(torch.nn.Module(), "greedy")  # type: ignore[arg-type]
     one, four = (gear_function(program, GraphKey(size, 1, "greedy")) for size in (1, 4))

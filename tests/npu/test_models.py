@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from omni_engine.engine.config import EngineArgs, EngineConfig
-from omni_engine.engine.graph_runner import GraphKey
+from omni_engine.engine.graphs.runner import GraphKey
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = Path(__file__).parents[1] / "models" / "test_config_parser.py"
@@ -95,7 +95,7 @@ def engine_config(case: Case, folder: Path) -> EngineConfig:
 @pytest.fixture(scope="module")
 def lowered(graphs, tmp_path_factory) -> Callable[[Case], Any]:
     """`lowered(case)`: its `LoweredStep`, made once."""
-    from omni_engine.engine.graph_lowering import lower_step
+    from omni_engine.engine.npu.lowering import lower_step
 
     @functools.cache
     def lower(name: str) -> Any:
@@ -213,7 +213,7 @@ def test_hints_are_labels_of_streams(lowered) -> None:
 
 
 def test_captured_calls_have_no_hints(graphs, monkeypatch, tmp_path) -> None:
-    from omni_engine.engine import graph_lowering
+    from omni_engine.engine.npu import lowering as graph_lowering
     from omni_engine.ops.table import npu_table
 
     monkeypatch.setattr(graph_lowering, "npu_table", lambda: npu_table(with_hints=False))
@@ -226,7 +226,7 @@ def test_captured_calls_have_no_hints(graphs, monkeypatch, tmp_path) -> None:
 
 
 def lower_with(monkeypatch, tmp_path: Path, **bodies: Any) -> Any:
-    from omni_engine.engine import graph_lowering
+    from omni_engine.engine.npu import lowering as graph_lowering
     from omni_engine.ops.table import npu_table
 
     monkeypatch.setattr(graph_lowering, "npu_table", lambda: replace(npu_table(), **bodies))
@@ -235,7 +235,7 @@ def lower_with(monkeypatch, tmp_path: Path, **bodies: Any) -> Any:
 
 
 def test_a_missing_cache_write_is_seen(graphs, monkeypatch, tmp_path) -> None:
-    from omni_engine.engine import graph_lowering
+    from omni_engine.engine.npu import lowering as graph_lowering
     from omni_engine.ops.table import BoundOps, npu_table
 
     build = graph_lowering.build_models
@@ -262,7 +262,7 @@ def test_a_write_through_a_view_is_seen(graphs, monkeypatch, tmp_path) -> None:
 
 def test_a_weight_that_is_no_parameter_is_seen(graphs, monkeypatch, tmp_path) -> None:
     """Of a module, torch tells parameters from buffers, and TorchAir freezes parameters only."""
-    from omni_engine.engine import graph_lowering
+    from omni_engine.engine.npu import lowering as graph_lowering
 
     build = graph_lowering.build_models
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from omni_engine.engine.config import EngineArgs, EngineConfig
-from omni_engine.engine.graph_runner import GraphKey
+from omni_engine.engine.graphs.runner import GraphKey
 from omni_engine.models.expert_placement import ExpertPlacement
 from omni_engine.models.parallel import ParallelLayout
 from omni_engine.ops import comm, moe
@@ -71,7 +71,7 @@ def config_of(folder: Path, name: str = "DEEPSEEK_V3") -> EngineConfig:
 
 
 def lower(config: EngineConfig, layout: ParallelLayout, gear: int) -> Any:
-    from omni_engine.engine.graph_lowering import lower_step
+    from omni_engine.engine.npu.lowering import lower_step
 
     return lower_step(config, GraphKey(gear, 1, "greedy"), layout)
 
@@ -144,7 +144,7 @@ def test_one_rank_has_no_collective(graphs, tmp_path) -> None:
 
 
 def test_a_collective_that_a_layer_forgets_is_missing(graphs, eight, monkeypatch, tmp_path) -> None:
-    from omni_engine.engine import graph_lowering
+    from omni_engine.engine.npu import lowering as graph_lowering
 
     build = graph_lowering.build_models
 

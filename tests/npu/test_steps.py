@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from omni_engine.engine.config import EngineArgs, EngineConfig
-from omni_engine.engine.graph_runner import GraphKey, GraphRunner
+from omni_engine.engine.graphs.runner import GraphKey, GraphRunner
 from omni_engine.ops.table import PLAIN, OpTable
 
 BLOCK_SIZE, BLOCKS, WIDTH = 128, 6, 2
@@ -95,7 +95,7 @@ def eager(program: Any, key: GraphKey, inputs: tuple[Any, ...]) -> torch.Tensor:
 def through_torchair(program: Any, key: GraphKey, inputs: tuple[Any, ...]) -> torch.Tensor:
     import torchair  # pyright: ignore[reportMissingImports]
 
-    from omni_engine.engine.npu_graphs import gear_function, torchair_config
+    from omni_engine.engine.npu.graphs import gear_function, torchair_config
 
     config = torchair_config()
     config.debug.run_eagerly = True

@@ -36,7 +36,7 @@ def compiling(monkeypatch):
         on_progress(len(fake.answers), len(fake.answers), "")
         return fake.answers
 
-    module = ModuleType("omni_engine.engine.graph_compile")
+    module = ModuleType("omni_engine.engine.graphs.compile")
     module.compile_missing = compile_missing
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return fake

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from omni_engine.engine.graph_cache import GraphCache
-from omni_engine.engine.graph_entry import GraphEntry
-from omni_engine.engine.graph_key import CacheKey, installed_versions
+from omni_engine.engine.graphs.cache import GraphCache
+from omni_engine.engine.graphs.entry import GraphEntry
+from omni_engine.engine.graphs.key import CacheKey, installed_versions
 from omni_engine.server.cli import main
 from omni_engine.server.graph_commands import format_age, format_bytes, format_table, printable
 

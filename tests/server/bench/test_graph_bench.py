@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 
 from omni_engine.engine.config import DEMO_MODEL, EngineArgs, EngineConfig
-from omni_engine.engine.decode_loop import SAMPLING, StepTimes
 from omni_engine.engine.floor import (
     Floor,
     MachineRates,
@@ -19,7 +18,8 @@ from omni_engine.engine.floor import (
     draft_model_cost,
     prediction_cost,
 )
-from omni_engine.engine.graph_runner import CaptureReport, GraphKey
+from omni_engine.engine.graphs.decode_loop import SAMPLING, StepTimes
+from omni_engine.engine.graphs.runner import CaptureReport, GraphKey
 from omni_engine.server.bench.graph import _steps_until_compiled, bench_config, graph_parser, loop_steps, step_cost
 from omni_engine.server.bench.graph_report import GearTimes, graph_plot, graph_result, graph_tables, sum_reports
 from omni_engine.server.bench.host import host_result, host_table

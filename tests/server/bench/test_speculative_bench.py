@@ -17,8 +17,8 @@ import pytest
 import omni_engine
 from omni_engine import Engine
 from omni_engine.engine.config import DEMO_MODEL, EngineArgs, EngineConfig
-from omni_engine.engine.graph_runner import GraphKey
-from omni_engine.engine.graph_startup import _speculation_field
+from omni_engine.engine.graphs.runner import GraphKey
+from omni_engine.engine.graphs.startup import _speculation_field
 from omni_engine.engine.messages import Start
 from omni_engine.models.config_parser import parse_config
 from omni_engine.models.tokenizer import load_tokenizer

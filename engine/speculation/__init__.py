@@ -1,0 +1,1 @@
+"""Speculative decoding: who drafts, what is accepted, and the configuration of both."""
