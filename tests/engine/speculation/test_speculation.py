@@ -11,7 +11,7 @@ import torch
 import omni_engine
 from omni_engine import Engine, SamplingParams
 from omni_engine.engine.row_state import NO_DRAFT, RowTable
-from omni_engine.engine.speculation import verification as verification
+from omni_engine.engine.speculation import verification
 from omni_engine.ops.sampling import gumbel_noise
 
 DEMO = Path(omni_engine.__file__).parent / "models" / "demo"
