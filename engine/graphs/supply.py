@@ -157,7 +157,7 @@ class InductorGraphs:
             "PYTHONWARNINGS": "ignore::FutureWarning",  # of torch about itself
         }
         self._worker = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.graph_worker"],
+            [sys.executable, "-m", f"{__package__}.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -64,7 +64,7 @@ def examine(
     is_simulated: bool,
     timeout: float,
     on_finding: Callable[[Finding], None] = lambda finding: None,
-    worker: Sequence[str] = (sys.executable, "-m", f"{__package__}.npu_doctor_worker"),
+    worker: Sequence[str] = (sys.executable, "-m", f"{__package__}.doctor_worker"),
 ) -> Report:
     """Runs these groups of checks, each check for at most `timeout` seconds. Where torch-npu cannot be imported, or
     there is no device, what comes after is not run."""
