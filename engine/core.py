@@ -109,7 +109,11 @@ class EngineCore:
             if not plan.rows:
                 break
             self._in_flight.append((plan, self._launch(plan)))
-        return updates + self._read() if self._in_flight else updates
+        if self._in_flight:
+            updates = updates + self._read()
+            if self._thread is not None and not self._in_flight:
+                self._thread.submit(release_team)  # whoever computes in this process now has the spinning to itself
+        return updates
 
     def _queue_prepared(self) -> list[RequestUpdate]:
         """Let those in whose grammars have been compiled; returns what refuses the others."""

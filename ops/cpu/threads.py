@@ -16,8 +16,8 @@ def release_team() -> None:
     """Give up the calling thread's team; its next parallel loop makes a new one. Nothing, with another runtime.
 
     A waiting thread of GNU's runtime spins only while all teams of the process together have no more threads than there
-    are CPUs. With a second team, of whoever loaded the weights, every loop of a step would end with threads put to
-    sleep and woken up again, and steps of small models take twice as long (docs/log.md).
+    are CPUs. With a second team, of whoever loaded the weights or of another engine, every loop would end with
+    threads put to sleep and woken up again, and steps of small models take twice as long (docs/log.md).
     """
     for pause in runtimes():
         pause(_SOFT)
