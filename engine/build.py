@@ -67,9 +67,8 @@ def build_models(config: EngineConfig, device: torch.device, layout: ParallelLay
     if config.speculation is not None:
         choice = config.speculation.choice
         if choice.method == "mtp":
-            # Steps without drafts are a choice then, not just the last ones of a request.
-            window = REMEMBERED if 0 in choice.depths else 0
-            drafter = MTPDrafter(MultiTokenPredictor(decoder, Placement(layout, dtype, device, decoder.ops)), window)
+            predictor = MultiTokenPredictor(decoder, Placement(layout, dtype, device, decoder.ops))
+            drafter = MTPDrafter(predictor, REMEMBERED if choice.remembers else 0)
         elif choice.method == "ngram":
             drafter = NgramDrafter(choice.min_n, choice.max_n)
         else:

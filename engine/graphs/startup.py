@@ -86,7 +86,7 @@ def _npu_graphs(
     if chosen.backend == NpugraphExGraphs.name:
         check_lengths_known(config)
         return NpugraphExGraphs(chosen.required)
-    fields = {**_key_fields(config, shape, TorchairGraphs.name, acceptance_rates), **library.versions()}
+    fields = {**key_fields(config, shape, TorchairGraphs.name, acceptance_rates), **library.versions()}
     return TorchairGraphs(
         cache_root() if choice.cache_dir is None else choice.cache_dir,
         lambda key: CacheKey({**fields, **key._asdict()}),
@@ -123,7 +123,7 @@ def _supply_plan(
 ) -> SupplyPlan:
     num_threads = torch.get_num_threads()
     fields = {
-        **_key_fields(config, shape, InductorGraphs.name, acceptance_rates),
+        **key_fields(config, shape, InductorGraphs.name, acceptance_rates),
         "num_threads": num_threads,
         "machine": platform.machine(),
         "cpu": _digest(sorted(cpu_features())),
@@ -133,7 +133,7 @@ def _supply_plan(
     return SupplyPlan(job, fields)
 
 
-def _key_fields(
+def key_fields(
     config: EngineConfig, shape: GraphShape, backend: str, acceptance_rates: tuple[float, ...] | None
 ) -> dict[str, Any]:
     """What a graph depends on, on every device."""
@@ -157,7 +157,8 @@ def _speculation_field(speculation: Speculation | None, acceptance_rates: tuple[
     if speculation is None:
         return "none"
     choice = speculation.choice
-    return f"{choice.method} {_digest([choice.min_n, choice.max_n, speculation.draft_model, acceptance_rates])}"
+    details = [choice.min_n, choice.max_n, speculation.draft_model, acceptance_rates, choice.remembers]
+    return f"{choice.method} {_digest(details)}"
 
 
 def _digest(value: object) -> str:

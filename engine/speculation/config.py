@@ -36,6 +36,12 @@ class SpeculationChoice:
     min_n: int = 0  # ngram: shortest and longest match
     max_n: int = 0
 
+    @property
+    def remembers(self) -> bool:
+        """Whether steps without drafts are a choice, and not just the last ones of a request: then the drafter of `mtp`
+        has a window."""
+        return self.method == "mtp" and 0 in self.depths
+
 
 @dataclass(frozen=True)
 class Speculation:
