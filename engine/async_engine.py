@@ -24,7 +24,7 @@ from ..scheduler.sampling_params import SamplingParams
 from .config import EngineArgs, EngineConfig
 from .core_client import CoreClient
 from .core_launch import DEFAULT_STEP_TIMEOUT_SECONDS, LaunchedCore
-from .errors import EngineDeadError, EngineRestartError, EngineShutdownError
+from .errors import EngineDeadError, EngineRestartError, EngineShutdownError, RequestRejectedError
 from .front import Front
 from .input_processor import InputProcessor, ProcessedRequest
 from .inputs import PromptType, is_conversation
@@ -324,7 +324,12 @@ class AsyncEngine:
         if front.grammars is not None and (known := front.grammars.known(params.structured_outputs)) is not None:
             return known
         check = self._grammar_executor().submit(front.check_grammar, params, time.monotonic())
-        return await asyncio.wrap_future(check)
+        try:
+            return await asyncio.wrap_future(check)
+        except RequestRejectedError:
+            if self._metrics is not None:
+                self._metrics.rejected_by_grammars()
+            raise
 
     def warm_up_grammars(self) -> None:
         """Start the process for grammars, which would start with the first constraint. Returns at once."""

@@ -124,7 +124,8 @@ def test_an_honest_grammar_does_not_wait_for_slow_ones(checker):
         numbers = range(10 * attempt, 10 * attempt + checker_module.MAX_AT_ONCE - 1)
         slow_ones = [(lambda number=number: checker.check(slow(number))) for number in numbers]
         *told, (answers, seconds) = in_threads(
-            *slow_ones, lambda: [checker.check(constraint(regex=f"h{attempt}{letter}")) for letter in "abc"]
+            *slow_ones,
+            lambda attempt=attempt: [checker.check(constraint(regex=f"h{attempt}{letter}")) for letter in "abc"],
         )
         for error, slow_seconds in told:
             assert isinstance(error, ValidationError) and "too long" in error.message
