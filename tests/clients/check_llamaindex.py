@@ -1,9 +1,8 @@
 """llama-index's OpenAI-like model against a running server: `python check_llamaindex.py BASE_URL [--api-key KEY]`."""
 
 # pyright: reportMissingImports=false
-from __future__ import annotations
-
-from typing import Any
+import gc
+from typing import Any, Literal
 
 import openai
 from llama_index.core.llms import ChatMessage
@@ -54,7 +53,7 @@ def a_text_is_completed() -> None:
 
 @checks
 def a_tool_is_called_where_one_is_required() -> None:
-    def weather(city: str) -> str:
+    def weather(city: Literal["Paris", "Rome"]) -> str:
         """The weather of a city."""
         return city
 
@@ -75,8 +74,8 @@ def logprobs_are_read() -> None:
 
 @checks
 def a_wrong_value_is_a_bad_request() -> None:
-    with raises(openai.BadRequestError, "temperature"):
-        model(temperature=-1).chat(CONVERSATION)
+    with raises(openai.BadRequestError, "top_p"):
+        model(additional_kwargs={"top_p": 7}).chat(CONVERSATION)
 
 
 @checks.if_guarded
@@ -90,6 +89,8 @@ def a_stream_that_is_left_ends_in_the_server() -> None:
     stream = model(max_tokens=2000, additional_kwargs={"extra_body": {"ignore_eos": True}}).stream_chat(CONVERSATION)
     next(stream)
     stream.close()
+    del stream  # the framework closes the connection when nobody holds the answer any more
+    gc.collect()
     checks.wait_until_idle()
 
 
