@@ -58,7 +58,7 @@ def a_tool_is_called_where_one_is_required() -> None:
         return city
 
     tool = FunctionTool.from_defaults(weather)
-    caller = model(is_function_calling_model=True, max_tokens=100)
+    caller = model(is_function_calling_model=True, max_tokens=800)
     answer = caller.chat_with_tools([tool], user_msg="Paris?", tool_required=True)
     calls = caller.get_tool_calls_from_response(answer)
     assert [call.tool_name for call in calls] == ["weather"] * len(calls) and calls

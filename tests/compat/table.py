@@ -60,9 +60,10 @@ def _behaviours() -> list[str]:
     return [
         "## What vLLM's own tests ask for",
         "",
-        f"Of {len(entries)} behaviours that vLLM's black-box tests of its OpenAI server check and that are in scope here",
-        f"(text; no LoRA, media or harmony), {num_tested} are tested here too, {share}; `tests/compat/vllm_behaviours.yaml`",
-        "says by which test. They were read from vLLM's tests, whose code was not run. Not so here:",
+        f"Of {len(entries)} behaviours that vLLM's black-box tests of its OpenAI server check and that are in scope",
+        f"here (text; no LoRA, media or harmony), {num_tested} are tested here too, {share};",
+        "`tests/compat/vllm_behaviours.yaml` says by which test. They were read from vLLM's tests, whose code was not",
+        "run. Not so here:",
         "",
         *(f"- {entry['is']}: {entry['not']}" for entry in missing),
     ]
