@@ -24,7 +24,7 @@ from ..scheduler.sampling_params import SamplingParams
 from .config import EngineArgs, EngineConfig
 from .core_client import CoreClient
 from .core_launch import DEFAULT_STEP_TIMEOUT_SECONDS, LaunchedCore
-from .errors import EngineDeadError, EngineRestartError, EngineShutdownError
+from .errors import EngineDeadError, EngineRestartError, EngineShutdownError, RequestRejectedError
 from .front import Front
 from .input_processor import InputProcessor, ProcessedRequest
 from .inputs import PromptType, is_conversation
@@ -44,6 +44,7 @@ from .tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
 # Longer texts are tokenized in a thread, so that they do not hold up the event loop.
+GRAMMAR_THREADS = 16  # in which grammars are tried out or wait for it; who finds none is late by then, and told so
 INLINE_ENCODE_CHARACTERS = 4096
 SHUTDOWN_MESSAGE = "the server is shutting down; send the request again later"
 
@@ -94,7 +95,7 @@ class AsyncEngine:
         self._streams: dict[str, asyncio.Queue[Any]] = {}
         self._closing = False
         self._request_ids = itertools.count()
-        self._grammar_thread: ThreadPoolExecutor | None = None  # no other work may wait behind a grammar
+        self._grammar_threads: ThreadPoolExecutor | None = None  # no other work may wait behind a grammar
         self._question_numbers = itertools.count()
         self._answers: dict[int, asyncio.Future[bool]] = {}  # questions to the core that wait, by number
 
@@ -322,7 +323,13 @@ class AsyncEngine:
             return None
         if front.grammars is not None and (known := front.grammars.known(params.structured_outputs)) is not None:
             return known
-        return await asyncio.wrap_future(self._grammar_executor().submit(front.check_grammar, params))
+        check = self._grammar_executor().submit(front.check_grammar, params, time.monotonic())
+        try:
+            return await asyncio.wrap_future(check)
+        except RequestRejectedError:
+            if self._metrics is not None:
+                self._metrics.rejected_by_grammars()
+            raise
 
     def warm_up_grammars(self) -> None:
         """Start the process for grammars, which would start with the first constraint. Returns at once."""
@@ -338,9 +345,9 @@ class AsyncEngine:
             self._grammar_executor().submit(start)
 
     def _grammar_executor(self) -> ThreadPoolExecutor:
-        if self._grammar_thread is None:
-            self._grammar_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
-        return self._grammar_thread
+        if self._grammar_threads is None:
+            self._grammar_threads = ThreadPoolExecutor(max_workers=GRAMMAR_THREADS, thread_name_prefix="grammar")
+        return self._grammar_threads
 
     def _submit(self, state: AnyState) -> asyncio.Queue[Any]:
         assert self._client is not None
@@ -475,8 +482,8 @@ class AsyncEngine:
         if self._client is not None:
             await self._client.close()
         self._die(EngineShutdownError(SHUTDOWN_MESSAGE))
-        if self._grammar_thread is not None:
-            self._grammar_thread.shutdown(wait=False, cancel_futures=True)
+        if self._grammar_threads is not None:
+            self._grammar_threads.shutdown(wait=False, cancel_futures=True)
         if self._front is not None:
             await asyncio.to_thread(self._front.close)
         for task in self._tasks:

@@ -78,8 +78,8 @@ class Front:
         """What a request without parameters gets: the model's generation_config.json over the plain defaults."""
         return SamplingParams.from_optional(**self.config.sampling_defaults)
 
-    def check_grammar(self, params: SamplingParams) -> str | None:
-        """The grammar of a request's constraint, None if it has none; raises `ValidationError`. May wait for it."""
+    def check_grammar(self, params: SamplingParams, since: float | None = None) -> str | None:
+        """The grammar of a request's constraint, None if it has none; waits and raises as `GrammarChecker.check`."""
         if params.structured_outputs is None:
             return None
         if self.grammars is None:
@@ -87,7 +87,7 @@ class Front:
                 "structured_outputs needs a tokenizer, but this engine was started without one",
                 parameter="structured_outputs",
             )
-        return self.grammars.check(params.structured_outputs)
+        return self.grammars.check(params.structured_outputs, since)
 
     def close(self) -> None:
         """End what works in the background."""

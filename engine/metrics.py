@@ -14,6 +14,7 @@ from ..scheduler.request import RequestInput, RequestUpdate
 from ..scheduler.scheduler import SchedulerStats
 
 ENGINE_INDEX = "0"
+REJECTION_REASONS = ("queue_full", "grammars_busy")
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 # Bucket bounds are vLLM's, so that its dashboards and alerts keep their meaning. Seconds:
 FIRST_TOKEN_BUCKETS = (
@@ -104,11 +105,20 @@ class EngineMetrics:
                 ("num_preemptions", "Requests that had to give up their KV blocks and start over."),
             )
         }
+        # Dashboards divide by these; there is no cache behind the KV cache, and none of media, so they stay at 0.
+        for name, text in (
+            ("external_prefix_cache_queries", "Prompt tokens looked up in other caches of KV; there are none."),
+            ("external_prefix_cache_hits", "Prompt tokens found in other caches of KV; there are none."),
+            ("mm_cache_queries", "Media looked up in a cache of media; there is none."),
+            ("mm_cache_hits", "Media found in a cache of media; there is none."),
+        ):
+            make.counter(name, text)
         self._drafts = _DraftMetrics(make, num_drafts) if num_drafts else None
-        self._rejections = Counter(
+        rejections = Counter(
             "vllm:admission_rejections", "Requests refused (503) because too many waited.", ("model_name", "reason"),
             registry=registry,
-        ).labels(model_name, "queue_full")  # fmt: skip
+        )  # fmt: skip
+        self._rejections = {reason: rejections.labels(model_name, reason) for reason in REJECTION_REASONS}
 
         tokens = token_buckets(max_model_len)
         seconds = REQUEST_BUCKETS
@@ -166,7 +176,7 @@ class EngineMetrics:
                 num_prompt_tokens += sequence.num_prompt_tokens
                 self._take_pooled(sequence, update, now)
             if update.error_kind == "queue_full":
-                self._rejections.inc()
+                self._rejections["queue_full"].inc()
             if update.finish_reason == "error":
                 # The request has failed as a whole; those of its sequences that still run are aborted.
                 for core_id in sequence.request.core_ids:
@@ -193,6 +203,10 @@ class EngineMetrics:
         if not request.num_unfinished and request.most_tokens:
             self._request_n.observe(len(request.core_ids))
             self._request_most.observe(request.most_tokens)
+
+    def rejected_by_grammars(self) -> None:
+        """A request was refused because too many new grammars were being checked."""
+        self._rejections["grammars_busy"].inc()
 
     def core_lost(self) -> None:
         """Nothing runs or waits any more; whatever did has failed. A new core counts from 0."""

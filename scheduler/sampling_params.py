@@ -28,6 +28,7 @@ MAX_NUM_SEQUENCES = _read_max_num_sequences()
 MAX_BAD_WORDS = 128
 # Of all stop strings, and of all bad words, together: both are prepared where other requests wait.
 MAX_STOP_CHARACTERS = 8192
+MAX_TOLD = 10  # wrong entries that an error message names
 MAX_BAD_WORD_CHARACTERS = 16384
 MIN_TEMPERATURE = 1e-2  # a smaller positive temperature is raised to this: logits / T must stay finite
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 1e-6, 1e6  # logits must stay finite in float32
@@ -376,8 +377,9 @@ def _is_finite(value: float) -> bool:
 
 
 def _parse_logit_bias(bias: Mapping[Any, Any]) -> dict[int, float]:
-    """Token ids, which JSON writes as strings, to biases clamped to [-100, 100]."""
+    """Token ids, which JSON writes as strings, to biases clamped to [-100, 100]. All wrong ones are told together."""
     parsed: dict[int, float] = {}
+    wrong = []
     for token, value in bias.items():
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
         try:
@@ -385,10 +387,12 @@ def _parse_logit_bias(bias: Mapping[Any, Any]) -> dict[int, float]:
         except ValueError:
             token_id = None
         if token_id is None or not is_number:
-            raise ValidationError(
-                f"logit_bias maps token ids to finite numbers, got {_short(token)}: {_short(value)}",
-                parameter="logit_bias",
-                value=token,
-            )
-        parsed[token_id] = min(100.0, max(-100.0, float(value)))
+            wrong.append(token)
+        else:
+            parsed[token_id] = min(100.0, max(-100.0, float(value)))
+    if wrong:
+        told = ", ".join(f"{_short(token)}: {_short(bias[token])}" for token in wrong[:MAX_TOLD])
+        raise ValidationError(
+            f"logit_bias maps token ids to finite numbers, got {told}", parameter="logit_bias", value=wrong[0]
+        )
     return parsed

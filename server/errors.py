@@ -23,6 +23,7 @@ from ..scheduler.sampling_params import ValidationError
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_CHARACTERS = 1000
+RETRY_SECONDS = "1"
 ENGINE_DEAD_MESSAGE = "The engine has stopped and cannot serve requests; the server's log says why."
 INTERNAL_MESSAGE = "Internal server error; the server's log says why."
 
@@ -93,10 +94,16 @@ def error_info(error: BaseException) -> ErrorInfo:
 def error_response(error: BaseException) -> web.Response:
     """The HTTP response for `error`."""
     info = error_info(error)
-    headers = None
+    return json_response(ErrorResponse(info), status=info.code, headers=error_headers(error))
+
+
+def error_headers(error: BaseException) -> dict[str, str]:
+    """What an error response says in its headers."""
     if isinstance(error, web.HTTPMethodNotAllowed):
-        headers = {"Allow": ", ".join(sorted(error.allowed_methods))}
-    return json_response(ErrorResponse(info), status=info.code, headers=headers)
+        return {"Allow": ", ".join(sorted(error.allowed_methods))}
+    if isinstance(error, (RequestRejectedError, EngineRestartError)):
+        return {"Retry-After": RETRY_SECONDS}
+    return {}
 
 
 def json_response(body: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from ..engine.tracing import RequestTracer
 from .context import CONTEXT
-from .errors import RequestError, error_info, error_response, json_response
+from .errors import RequestError, error_headers, error_info, error_response, json_response
 from .http_metrics import HttpMetrics
 from .messages_api.protocol import error_body
 from .messages_api.routes import COUNT_PATH, MESSAGES_PATH
@@ -65,7 +65,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except Exception as error:
         if request.path.endswith((MESSAGES_PATH, COUNT_PATH)):
             info = error_info(error)
-            return json_response(error_body(info), status=info.code)
+            return json_response(error_body(info), status=info.code, headers=error_headers(error))
         return error_response(error)
 
 

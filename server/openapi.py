@@ -13,7 +13,8 @@ from .chat_batch import BatchChatRequest
 from .context import CONTEXT
 from .docs_page import docs_page
 from .errors import ErrorResponse, json_response
-from .messages_api.protocol import CountTokensRequest, MessageBody, MessagesRequest
+from .messages_api.protocol import CountTokensRequest, MessageBody, MessageErrorResponse, MessagesRequest
+from .messages_api.routes import COUNT_PATH, MESSAGES_PATH
 from .pooling_routes import POOLING_BODIES
 from .protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .responses import (
@@ -25,9 +26,18 @@ from .responses import (
     TokenizeResponse,
 )
 from .responses_api.protocol import ResponseBody, ResponsesRequest
+from .ui.page import CONTENT_TYPES
 
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _REFERENCE = "#/components/schemas/{name}"
+
+
+def _union(*bodies: tuple[tuple[Any, ...], tuple[Any, ...]]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What the bodies of any of these routes may be, and their answers."""
+    return tuple(kind for request, _ in bodies for kind in request), tuple(
+        kind for _, answer in bodies for kind in answer
+    )
+
 
 # By method and path: what the request's body may be, and what the answer.
 _BODIES: dict[tuple[str, str], tuple[tuple[Any, ...], tuple[Any, ...]]] = {
@@ -37,12 +47,13 @@ _BODIES: dict[tuple[str, str], tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     ("POST", "/v1/responses"): ((ResponsesRequest,), (ResponseBody,)),
     ("GET", "/v1/responses/{id}"): ((), (ResponseBody,)),
     ("POST", "/v1/responses/{id}/cancel"): ((), (ResponseBody,)),
-    ("POST", "/v1/messages"): ((MessagesRequest,), (MessageBody,)),
-    ("POST", "/v1/messages/count_tokens"): ((CountTokensRequest,), ()),
+    ("POST", MESSAGES_PATH): ((MessagesRequest,), (MessageBody,)),
+    ("POST", COUNT_PATH): ((CountTokensRequest,), ()),
     **{("POST", path): bodies for path, bodies in POOLING_BODIES.items()},
-    ("POST", "/invocations"): (
-        (ChatCompletionRequest, CompletionRequest),
-        (ChatCompletionResponse, CompletionResponse),
+    ("POST", "/invocations"): _union(
+        ((ChatCompletionRequest,), (ChatCompletionResponse,)),
+        ((CompletionRequest,), (CompletionResponse,)),
+        *(POOLING_BODIES[path] for path in ("/v1/embeddings", "/rerank", "/score")),
     ),
     ("POST", "/tokenize"): ((TokenizeRequest,), (TokenizeResponse,)),
     ("POST", "/detokenize"): ((DetokenizeRequest,), (DetokenizeResponse,)),
@@ -60,7 +71,17 @@ _QUERIES: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
     },
     ("GET", "/server_info"): {"config_format": {"type": "string", "enum": ["text", "json"]}},
 }
-_OTHER_TYPES = {"/metrics": "text/plain", "/docs": "text/html", "/redoc": "text/html"}
+_STREAM = "text/event-stream"
+# What is not JSON: the media types of the answer, none where it has no body.
+_OTHER_TYPES: dict[str, tuple[str, ...]] = {
+    "/metrics": ("text/plain",),
+    **dict.fromkeys(("/", "/docs", "/redoc"), ("text/html",)),
+    "/ui/live": (_STREAM,),
+    "/ui/{name}": tuple(CONTENT_TYPES.values()),
+    **dict.fromkeys(("/health", "/ping", "/start_profile", "/stop_profile"), ()),
+    **dict.fromkeys(("/reset_mm_cache", "/reset_encoder_cache"), ()),
+}
+_STATUS = {"type": "object", "properties": {"status": _TEXT}, "required": ["status"]}  # of /health that is not well
 
 
 def add_documentation_routes(app: web.Application, prefix: str) -> None:
@@ -98,7 +119,9 @@ def _specification(request: web.Request) -> dict[str, Any]:
 def specification(app: web.Application, root_path: str) -> dict[str, Any]:
     """The OpenAPI document of the routes of `app`; `root_path` is where a proxy shows them."""
     types = list(dict.fromkeys(kind for bodies in _BODIES.values() for kinds in bodies for kind in kinds))
-    found, components = msgspec.json.schema_components([*types, ErrorResponse], ref_template=_REFERENCE)
+    found, components = msgspec.json.schema_components(
+        [*types, ErrorResponse, MessageErrorResponse], ref_template=_REFERENCE
+    )
     schemas = list(found)  # msgspec's types say that there are none
     schema_of = dict(zip(types, schemas, strict=False))
 
@@ -106,19 +129,26 @@ def specification(app: web.Application, root_path: str) -> dict[str, Any]:
         found = [schema_of[kind] for kind in kinds]
         return found[0] if len(found) == 1 else {"anyOf": found}
 
-    error = {"description": "what went wrong", "content": {"application/json": {"schema": schemas[-1]}}}
+    def failure(schema: dict[str, Any]) -> dict[str, Any]:
+        return {"description": "what went wrong", "content": {"application/json": {"schema": schema}}}
+
     paths: dict[str, dict[str, Any]] = {}
     for method, path, handler in _routes(app, root_path):
         body, answer = _BODIES.get((method, path), _NO_BODIES)
+        streams = "stream" in _QUERIES.get((method, path), ()) or any(
+            "stream" in kind.__struct_fields__ for kind in body
+        )
         operation: dict[str, Any] = {
             "summary": " ".join((handler.__doc__ or path).split()),
             "operationId": f"{method} {path}",
             "parameters": _parameters(method, path),
             "responses": {
-                "200": {"description": "done", "content": _content(path, schema(answer) if answer else {})},
-                "default": error,
+                "200": {"description": "done", "content": _content(path, schema(answer) if answer else {}, streams)},
+                "default": failure(schemas[-1] if path in (MESSAGES_PATH, COUNT_PATH) else schemas[-2]),
             },
         }
+        if path in ("/health", "/ping"):
+            operation["responses"]["503"] = failure(_STATUS)
         if body:
             content = {"application/json": {"schema": schema(body)}}
             operation["requestBody"] = {"required": True, "content": content}
@@ -147,7 +177,7 @@ def _routes(app: web.Application, root_path: str) -> Iterator[tuple[str, str, An
         path = route.resource.canonical
         if root_path and path.startswith(root_path + "/"):
             path = path.removeprefix(root_path)
-        path = path.rstrip("/")
+        path = path.rstrip("/") or "/"
         if (route.method, path) not in seen:
             seen.add((route.method, path))
             yield route.method, path, route.handler
@@ -161,6 +191,8 @@ def _parameters(method: str, path: str) -> list[dict[str, Any]]:
     return found
 
 
-def _content(path: str, schema: dict[str, Any]) -> dict[str, Any]:
-    kind = _OTHER_TYPES.get(path)
-    return {kind: {"schema": _TEXT}} if kind else {"application/json": {"schema": schema}}
+def _content(path: str, schema: dict[str, Any], streams: bool) -> dict[str, Any]:
+    """The answer's media types with their schemas; with `streams`, also server-sent events."""
+    if path in _OTHER_TYPES:
+        return {kind: {"schema": _TEXT} for kind in _OTHER_TYPES[path]}
+    return {"application/json": {"schema": schema}} | ({_STREAM: {"schema": _TEXT}} if streams else {})

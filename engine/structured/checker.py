@@ -1,62 +1,73 @@
-"""Grammars checked before their requests are let in, in a process that can be ended: `GrammarChecker`."""
+"""Grammars checked before their requests are let in, in processes that can be ended: `GrammarChecker`."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import selectors
-import subprocess
-import sys
 import threading
 import time
 from collections import OrderedDict
-
-import msgspec
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 from ...scheduler.sampling_params import ValidationError
 from ...scheduler.structured_outputs import StructuredOutputsParams
+from ..errors import RequestRejectedError
 from .grammar_request import GrammarRequest, grammar_request
+from .trials import Trial, TrialProcess
 from .worker import WorkerAnswer, WorkerJob
 
 logger = logging.getLogger(__name__)
 CHECK_SECONDS = 1.0  # for one grammar, on the wall; a usual one takes a hundredth
-START_SECONDS = 60.0  # for the process, on a busy machine; counted apart
+MAX_AT_ONCE = 4  # grammars that are tried out side by side, each of which may take the worker's EXTRA_BYTES
+SHARE_SECONDS = 0.25  # that a grammar has for sure while others wait for its place
+WAIT_SECONDS = 1.0  # for a place
 MAX_KNOWN = 1024  # verdicts that are kept
 MAX_KNOWN_CHARACTERS = 32 << 20  # of their grammars together
-_READ_BYTES = 1 << 16
+MAX_TRIES = 3  # of a process that dies by itself
+_LOOK_SECONDS = 0.02  # between two looks at who else waits
+_BUSY = "other grammars are being checked, more than this server takes at once; send the request again in seconds: 1"
 
 
 class GrammarChecker:
     """Tells of constraints whether they can be served, and what they are in the grammar library's format.
 
-    A grammar is compiled and tried out in a process of its own, one after another; what takes longer than
-    `CHECK_SECONDS` costs that process and not the engine. The process starts with the first constraint. Verdicts, good
-    and bad, are remembered, those used last. May be called from several threads.
+    A grammar is compiled and tried out in a process of its own; what takes longer than `CHECK_SECONDS` costs that
+    process and not the engine. `MAX_AT_ONCE` run side by side. Who comes then waits in line, and whoever has had
+    `SHARE_SECONDS` by then loses its place, the oldest first: costly grammars delay others by their share, and not by
+    their whole time. Verdicts, good and bad, are remembered, those used last; that there was no time is no verdict.
+    May be called from several threads.
     """
 
     def __init__(self, job: WorkerJob) -> None:
         self.job = job
-        self.num_checked = 0  # grammars that the process was asked about
-        self.num_killed = 0  # processes that had to be ended
+        self.num_checked = 0  # grammars that were tried out
+        self.num_killed = 0  # trials that had to be ended, or died
+        self.num_busy = 0  # that were told to come again
+        self._process = TrialProcess(job)
         self._known: OrderedDict[GrammarRequest, WorkerAnswer] = OrderedDict()
         self._num_characters = 0
-        self._lock = threading.Lock()  # of the process
         self._known_lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._is_ready = False
+        self._changed = threading.Condition()  # guards the next two
+        self._running: dict[GrammarRequest, float] = {}  # since when, oldest first
+        self._waiting: dict[object, GrammarRequest] = {}  # in the order in which they came
 
     def known(self, params: StructuredOutputsParams) -> str | None:
         """The grammar of a constraint that has been checked before, without waiting. Raises as `check` does."""
         return self._verdict(self._recall(grammar_request(params)))
 
-    def check(self, params: StructuredOutputsParams) -> str:
-        """The grammar of a constraint, `ValidationError` if it is refused. Waits for it, and for others before it."""
+    def check(self, params: StructuredOutputsParams, since: float | None = None) -> str:
+        """The grammar of a constraint. Waits for it: `WAIT_SECONDS` for a place, counted from `since` (as
+        `time.monotonic` tells it, by default now), and `CHECK_SECONDS` for the verdict.
+
+        Raises `ValidationError` where the constraint is refused and `RequestRejectedError` where there was no place.
+        """
         request = grammar_request(params)
-        with self._lock:
+        deadline = (time.monotonic() if since is None else since) + WAIT_SECONDS
+        with self._place(request, deadline) as has_place:
             answer = self._recall(request)
             if answer is None:
-                answer = self._ask(request)
+                assert has_place
+                answer = self._try_out(request)
                 self._remember(request, answer)
         grammar = self._verdict(answer)
         assert grammar is not None
@@ -64,13 +75,56 @@ class GrammarChecker:
 
     def start(self) -> None:
         """Have the process ready before the first constraint comes. Waits for it; RuntimeError if there can be none."""
-        with self._lock:
-            self._running()
+        self._process.start()
 
     def close(self) -> None:
         """End the process. Another check starts a new one."""
-        with self._lock:
-            self._stop()
+        self._process.close()
+
+    @contextmanager
+    def _place(self, request: GrammarRequest, deadline: float) -> Iterator[bool]:
+        """Within it nobody else tries out this grammar, or its verdict is known, which is told by False."""
+        ticket = object()
+        with self._changed:
+            self._waiting[ticket] = request
+            try:
+                while self._recall(request) is None and not self._is_next(ticket):
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        raise self._busy()
+                    self._changed.wait(left)
+                has_place = self._recall(request) is None
+                if has_place:
+                    self._running[request] = time.monotonic()
+            finally:
+                del self._waiting[ticket]
+                self._changed.notify_all()
+        try:
+            yield has_place
+        finally:
+            if has_place:
+                with self._changed:
+                    del self._running[request]
+                    self._changed.notify_all()
+
+    def _first_in_line(self) -> object | None:
+        """The ticket of who waits for a place and not only for the verdict of a grammar that is tried out already."""
+        return next((ticket for ticket, request in self._waiting.items() if request not in self._running), None)
+
+    def _is_next(self, ticket: object) -> bool:
+        return len(self._running) < MAX_AT_ONCE and ticket is self._first_in_line()
+
+    def _must_go(self, request: GrammarRequest) -> bool:
+        """Whether the one that is tried out has had its share, is the oldest, and others have no place."""
+        with self._changed:
+            if len(self._running) < MAX_AT_ONCE or self._first_in_line() is None:
+                return False
+            oldest = next(iter(self._running))
+            return oldest == request and time.monotonic() - self._running[oldest] > SHARE_SECONDS
+
+    def _busy(self) -> RequestRejectedError:
+        self.num_busy += 1
+        return RequestRejectedError(_BUSY)
 
     def _verdict(self, answer: WorkerAnswer | None) -> str | None:
         if answer is not None and answer.error is not None:
@@ -91,89 +145,36 @@ class GrammarChecker:
             while len(self._known) > MAX_KNOWN or self._num_characters > MAX_KNOWN_CHARACTERS:
                 self._num_characters -= _size(*self._known.popitem(last=False))
 
-    def _ask(self, request: GrammarRequest) -> WorkerAnswer:
-        """The process's answer, or what its end means."""
+    def _try_out(self, request: GrammarRequest) -> WorkerAnswer:
+        """The trial's answer, or what its end means."""
         self.num_checked += 1
-        process = self._running()
-        start = time.monotonic()
-        answer = self._exchange(process, request, CHECK_SECONDS)
-        if answer is not None:
-            return answer
-        seconds = time.monotonic() - start
-        self.num_killed += 1
-        crashed = process.poll() is not None
-        self._stop()
-        self._start()  # for the next one; it gets ready meanwhile
-        logger.warning("a grammar of %d characters was given up after %.2f s", len(request.text), seconds)
-        if crashed:
+        for _ in range(MAX_TRIES):
+            answer = self._begin(request)
+            if answer is not None:
+                return answer
+        raise RuntimeError(f"the process for grammars ends before it begins, tries: {MAX_TRIES}")
+
+    def _begin(self, request: GrammarRequest) -> WorkerAnswer | None:
+        """As `_try_out`; None where the process died before it had begun, which is not the grammar's fault."""
+        with closing(self._process.begin(request)) as trial:
+            with self._changed:
+                self._running[request] = trial.began  # its share begins here
+            while not trial.wait(_LOOK_SECONDS):
+                if trial.seconds > CHECK_SECONDS:
+                    self._give_up(request, trial)
+                    limit = f"the limit in seconds is: {CHECK_SECONDS:g}"
+                    return WorkerAnswer(error=f"the grammar takes too long to compile, {limit}")
+                if self._must_go(request):
+                    self._give_up(request, trial)
+                    raise self._busy()
+            if trial.answer is not None or not trial.has_begun:
+                return trial.answer
+            self._give_up(request, trial)
             return WorkerAnswer(error="the grammar is too large or too deep, its compilation needs too much memory")
-        return WorkerAnswer(error=f"the grammar takes too long to compile, the limit in seconds is: {CHECK_SECONDS:g}")
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        """A process that is ready; RuntimeError if there can be none."""
-        process = self._process
-        if process is not None and process.poll() is not None:  # the thread that started it may have ended
-            self._stop()
-        process = self._process or self._start()
-        if not self._is_ready:
-            ready = self._exchange(process, self.job, START_SECONDS)
-            if ready is None or ready.error is not None:
-                self._stop()
-                raise RuntimeError(
-                    f"the process for grammars does not start: {'its log says why' if ready is None else ready.error}"
-                )
-            self._is_ready = True
-        return process
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        self._is_ready = False
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            start_new_session=True,
-            env={**os.environ, "RAYON_NUM_THREADS": "1"},  # its threads would each reserve address space
-        )
-        return self._process
-
-    def _stop(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            assert process.stdin is not None and process.stdout is not None
-            process.stdin.close()
-            process.stdout.close()
-            process.kill()
-            process.wait()
-
-    def _exchange(
-        self, process: subprocess.Popen[bytes], message: msgspec.Struct, timeout: float
-    ) -> WorkerAnswer | None:
-        """Send a line, wait for one; None after `timeout` seconds, or once the process has ended."""
-        assert process.stdin is not None and process.stdout is not None
-        deadline = time.monotonic() + timeout
-        data = memoryview(msgspec.json.encode(message) + b"\n")
-        received = bytearray()
-        os.set_blocking(process.stdin.fileno(), False)
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            selector.register(process.stdin, selectors.EVENT_WRITE)
-            while (left := deadline - time.monotonic()) > 0:
-                for key, _ in selector.select(left):
-                    if key.fileobj is process.stdin:
-                        with contextlib.suppress(BlockingIOError, BrokenPipeError):
-                            data = data[os.write(process.stdin.fileno(), data) :]
-                        if not data or process.poll() is not None:
-                            selector.unregister(process.stdin)
-                        continue
-                    piece = os.read(process.stdout.fileno(), _READ_BYTES)
-                    if not piece:
-                        process.wait()
-                        return None
-                    received += piece
-                    if received.endswith(b"\n"):
-                        return msgspec.json.decode(received, type=WorkerAnswer)
-        return None
+    def _give_up(self, request: GrammarRequest, trial: Trial) -> None:
+        self.num_killed += 1
+        logger.warning("a grammar of %d characters was given up after %.2f s", len(request.text), trial.seconds)
 
 
 def _size(request: GrammarRequest, answer: WorkerAnswer) -> int:

@@ -104,10 +104,24 @@ _ERROR_TYPES = {
 }
 
 
+class MessageError(msgspec.Struct):
+    """What went wrong, by Anthropic's name for its kind."""
+
+    type: str
+    message: str
+
+
+class MessageErrorResponse(msgspec.Struct):
+    """The body of every error response of these routes."""
+
+    type: str
+    error: MessageError
+
+
 def error_body(info: ErrorInfo) -> dict[str, Any]:
     """A failure in Anthropic's form, by Anthropic's names."""
     kind = _ERROR_TYPES.get(info.code, "api_error" if info.code >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": info.message}}
+    return msgspec.to_builtins(MessageErrorResponse("error", MessageError(kind, info.message)))
 
 
 messages_decoder = msgspec.json.Decoder(MessagesRequest)

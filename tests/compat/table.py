@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 CASES = Path(__file__).with_name("vllm.yaml")
+BEHAVIOURS = Path(__file__).with_name("vllm_behaviours.yaml")
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 STATUSES = ("same", "better", "partly", "not yet")
 _HEAD = """# Compatibility with vLLM
@@ -42,11 +43,30 @@ def page(cases: dict[str, Any]) -> str:
     rows = zip(("Endpoints", "Fields", "Flags"), (counts[0], _count(fields), counts[1]), strict=True)
     parts = [_HEAD, "| | " + " | ".join(STATUSES) + " |", "|---" * (len(STATUSES) + 1) + "|"]
     parts += [f"| {name} | " + " | ".join(str(count[status]) for status in STATUSES) + " |" for name, count in rows]
+    parts += ["", *_behaviours()]
     parts += ["", "## Endpoints", "", *_table("Endpoint", cases["endpoints"])]
     for path, by_name in cases["fields"].items():
         parts += ["", f"## Fields of {path}", "", *_table("Field", by_name)]
     parts += ["", "## Flags of serve", "", *_table("Flag", cases["flags"])]
     return "\n".join(parts) + "\n"
+
+
+def _behaviours() -> list[str]:
+    """How many of the behaviours that vLLM's own tests ask for are tested here, and which are not."""
+    entries = yaml.safe_load(BEHAVIOURS.read_text(encoding="utf-8"))
+    missing = [entry for entry in entries if "not" in entry]
+    num_tested = len(entries) - len(missing)
+    share = f"{100 * num_tested / len(entries):.1f} %"
+    return [
+        "## What vLLM's own tests ask for",
+        "",
+        f"Of {len(entries)} behaviours that vLLM's black-box tests of its OpenAI server check and that are in scope",
+        f"here (text; no LoRA, media or harmony), {num_tested} are tested here too, {share};",
+        "`tests/compat/vllm_behaviours.yaml` says by which test. They were read from vLLM's tests, whose code was not",
+        "run. Not so here:",
+        "",
+        *(f"- {entry['is']}: {entry['not']}" for entry in missing),
+    ]
 
 
 def _count(cases: dict[str, tuple[str, str]]) -> dict[str, int]:

@@ -36,6 +36,10 @@ STARRED = {
     "request_generation_tokens_bucket",
     "request_max_num_generation_tokens_bucket",
     "iteration_tokens_total_bucket",
+    "external_prefix_cache_queries_total",
+    "external_prefix_cache_hits_total",
+    "mm_cache_queries_total",
+    "mm_cache_hits_total",
 }
 
 
@@ -159,6 +163,24 @@ def test_both_addresses_answer_without_redirect_with_every_starred_name(served):
         assert names >= STARRED
         assert not {key.split(" ")[0] for key in list(plain)[:-60]} >= STARRED  # the check can fail
         assert any(key.startswith("cache_config_info") and "block_size=16" in key for key in plain)
+
+    served(scenario)
+
+
+def test_caches_that_are_not_there_are_asked_nothing(served):
+    """Dashboards divide by these; the cache that is there counts what two equal prompts look up."""
+
+    async def scenario(session):
+        before = await scrape(session)
+        prompt = [(7 * i) % 400 + 5 for i in range(64)]
+        for _ in range(2):
+            await complete(session, prompt=prompt)
+        grown = Grown(before, await scrape(session))
+        for name in ("external_prefix_cache", "mm_cache"):
+            assert grown[f"{name}_queries_total"] == grown[f"{name}_hits_total"] == 0
+            assert grown.now[f"{name}_queries_total"] == grown.now[f"{name}_hits_total"] == 0
+        assert grown["prefix_cache_queries_total"] == 2 * 64
+        assert grown["prefix_cache_hits_total"] == grown["prompt_tokens_cached_total"] == 48  # whole blocks, less one
 
     served(scenario)
 

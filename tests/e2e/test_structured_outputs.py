@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import signal
 import threading
 import time
 from pathlib import Path
@@ -206,13 +208,69 @@ def test_hostile_grammars_are_refused_while_others_stream(run):
     run(scenario)
 
 
+def slow(number):
+    """Many different grammars that each take far longer than they may."""
+    return {"json": {"type": "object", "properties": {f"p{number} {index}": {} for index in range(6000)}}}
+
+
+def test_several_hostile_grammars_at_once_hold_up_neither_streams_nor_an_honest_one(run):
+    async def scenario(session, engine):
+        assert (await post(session, COMPLETIONS, prompt="The", structured_outputs={"regex": "a"}))[0] == 200
+
+        async def timed(constraint):
+            start = time.monotonic()
+            body = {"messages": USER, "max_tokens": 8, "temperature": 0, "structured_outputs": constraint}
+            async with session.post(CHAT, json=body) as response:
+                told = await response.json()
+                return response.status, told, response.headers.get("Retry-After"), time.monotonic() - start
+
+        async def all_at_once(num_slow, first):
+            started = asyncio.Event()
+
+            async def streamed():
+                started.set()
+                return await stream(session, COMPLETIONS, prompt="The", max_tokens=100, ignore_eos=True)
+
+            streaming = asyncio.create_task(streamed())
+            await started.wait()
+            slow_ones = [asyncio.create_task(timed(slow(first + number))) for number in range(num_slow)]
+            await asyncio.sleep(0.1)
+            honest = await timed({"choice": [f"honest {first}"]})
+            chunks = await streaming
+            assert sum(len(chunk["choices"]) for chunk in chunks) == 100
+            return await asyncio.gather(*slow_ones), honest
+
+        # As many as leave a place: each has its second and then its 400; the honest one does not wait for them.
+        told, honest = await all_at_once(3, 1000)
+        assert [status for status, *_ in told] == [400] * 3
+        assert honest[0] == 200 and honest[1]["choices"][0]["message"]["content"] == "honest 1000"
+        assert honest[3] < 10
+        print("3 slow:", [round(seconds, 2) for *_, seconds in told], "honest:", round(honest[3], 2))
+        # More than there are places: who has had its share makes room, and may come again.
+        told, honest = await all_at_once(8, 2000)
+        assert {status for status, *_ in told} <= {400, 503}
+        assert honest[0] == 200 and honest[3] < 10, honest
+        for status, body, retry_after, seconds in told:
+            assert seconds < 10
+            assert (retry_after == "1") == (status == 503)
+            if status == 503:
+                assert body["error"]["code"] == 503 and body["error"]["type"] == "Service Unavailable"
+        print("8 slow:", [(status, round(seconds, 2)) for status, *_, seconds in told], "honest:", round(honest[3], 2))
+        for number, (status, *_) in enumerate(told):
+            if status == 503:  # alone, it gets its verdict
+                assert (await timed(slow(2000 + number)))[0] == 400
+                break
+
+    run(scenario)
+
+
 def test_others_stream_on_while_a_grammar_takes_its_time(run):
     """The check is stopped on purpose: it never answers, and is given up after its second."""
 
     async def scenario(session, engine):
         assert (await post(session, COMPLETIONS, prompt="The", structured_outputs={"regex": "a"}))[0] == 200
         checker = engine._front.grammars
-        checker._process.send_signal(19)  # SIGSTOP
+        os.kill(checker._process.pid, signal.SIGSTOP)
         waiting = asyncio.create_task(post(session, COMPLETIONS, prompt="The", structured_outputs={"regex": "b"}))
         await asyncio.sleep(0.05)
         chunks = await stream(session, COMPLETIONS, prompt="The", max_tokens=10, ignore_eos=True)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from omni_engine.engine.config import DEMO_MODEL
 
 trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+grpc = pytest.importorskip("grpc")  # the exporter needs it
 
 COMMAND = [sys.executable, "-c", "from omni_engine.server.cli import main; import sys; sys.exit(main())"]
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -141,6 +143,72 @@ def test_a_client_that_left_is_told_of_as_aborted(spans):
     reasons = attributes(spans["left"])["gen_ai.response.finish_reasons"]
     assert [value.string_value for value in reasons.values] == ["abort"]
     assert 0 < attributes(spans["left"])["gen_ai.usage.completion_tokens"] < 900
+
+
+class GrpcCollector:
+    """A collector of the protocol's other form: the method Export of its trace service, over gRPC."""
+
+    def __init__(self):
+        self.spans = []
+        self.authorities = []
+
+        def export(request, context):
+            self.authorities += [value for key, value in context.invocation_metadata() if key == "tenant"]
+            self.spans += [
+                span for resource in request.resource_spans for s in resource.scope_spans for span in s.spans
+            ]
+            return trace_service.ExportTraceServiceResponse()
+
+        method = grpc.unary_unary_rpc_method_handler(
+            export,
+            request_deserializer=trace_service.ExportTraceServiceRequest.FromString,
+            response_serializer=trace_service.ExportTraceServiceResponse.SerializeToString,
+        )
+        name = "opentelemetry.proto.collector.trace.v1.TraceService"
+        self._server = grpc.server(ThreadPoolExecutor(2))
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, {"Export": method}),))
+        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        self._server.start()
+
+    def close(self):
+        self._server.stop(0).wait()
+
+
+@pytest.mark.parametrize("scheme", ["http://", pytest.param("", marks=pytest.mark.full)])
+def test_spans_are_sent_by_grpc(scheme):
+    """By vLLM's default protocol, with headers; the exporter of the server in a process of its own."""
+    collector, port = GrpcCollector(), free_port()
+    words = ["serve", str(DEMO_MODEL), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--enforce-eager"]
+    words += ["--otlp-traces-endpoint", f"{scheme}127.0.0.1:{collector.port}", "--served-model-name", "traced"]
+    environment = {"OTEL_EXPORTER_OTLP_TRACES_HEADERS": "tenant=bible", "OTEL_EXPORTER_OTLP_TRACES_INSECURE": "true"}
+    process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | environment)  # fmt: skip
+    body = json.dumps({"prompt": "And it came to pass", "max_tokens": 5, "ignore_eos": True}).encode()
+    headers = {
+        "Content-Type": "application/json",
+        "X-Request-Id": "grpc",
+        "traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01",
+    }
+    deadline = time.monotonic() + 60
+    try:
+        while True:
+            try:
+                request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, headers)
+                urllib.request.urlopen(request, timeout=60).read()
+                break
+            except OSError:
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        collector.close()
+    assert process.returncode == 0, output
+    (span,) = collector.spans
+    found = attributes(span)
+    assert (span.name, span.kind, span.trace_id.hex()) == ("llm_request", SERVER_KIND, TRACE_ID)
+    assert found["gen_ai.request.id"] == "cmpl-grpc-0" and found["gen_ai.usage.completion_tokens"] == 5
+    assert collector.authorities == ["bible"]
 
 
 @pytest.mark.parametrize(
