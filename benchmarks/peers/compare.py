@@ -148,11 +148,18 @@ def start_workers(options: argparse.Namespace, model: Path) -> list[Worker]:
     return workers
 
 
-def compare_model(options: argparse.Namespace, model: Path, deadline: float, add: Callable[..., None]) -> None:
-    """All rounds of all workloads of one model, as long as there is time."""
+def compare_model(
+    options: argparse.Namespace, model: Path, deadline: float, add: Callable[..., None], add_rates: Callable[[], None]
+) -> None:
+    """The machine's rates, then all rounds of all workloads of one model, as long as there is time."""
     workers = start_workers(options, model)
+    if options.pause:
+        print(f"loaded; to go on: kill -CONT {os.getpid()}", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        deadline = time.monotonic() + options.minutes * 60
     llama_cpp = shutil.which("llama-batched-bench", path=options.llama_cpp) if options.llama_cpp else None
     try:
+        add_rates()
         for workload in options.work:
             for worker in workers:
                 worker.sample(workload, 0)  # shapes that an engine has not seen before may be slower
@@ -198,6 +205,7 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="W")
     parser.add_argument("--pairs", type=int, default=5, help="rounds per workload; 0: only print the table")
     parser.add_argument("--minutes", type=float, default=600.0, help="begin no further round after so long")
+    parser.add_argument("--pause", action="store_true", help="stop when a model's engines are loaded, until SIGCONT")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--extra", default="{}", help="JSON: further arguments of omni-engine")
     parser.add_argument("--run", default=time.strftime("%Y-%m-%dT%H:%M:%S"), help="name of this run in the samples")
@@ -216,11 +224,14 @@ def main() -> None:
 
     if options.pairs:
         deadline = time.monotonic() + options.minutes * 60
-        rates = measured_rates()
-        with samples.open("a") as file:
-            file.write(json.dumps({"rates": vars(rates), "round": f"{options.run}/0"}) + "\n")
+
+        def add_rates() -> None:
+            rates = {"rates": vars(measured_rates()), "round": f"{options.run}/0"}
+            with samples.open("a") as file:
+                file.write(json.dumps(rates) + "\n")
+
         for name in options.models:
-            compare_model(options, write_checkpoint(options.folder, name), deadline, add)
+            compare_model(options, write_checkpoint(options.folder, name), deadline, add, add_rates)
     records = [json.loads(line) for line in samples.read_text().splitlines()] if samples.exists() else []
     if options.only_run:
         records = [record for record in records if record["round"].rsplit("/", 1)[0] in options.only_run]

@@ -77,10 +77,13 @@ def start_openvino(model: str, extra: dict[str, Any]) -> tuple[str, Generate]:
     scheduler.max_num_seqs = MAX_REQUESTS
     scheduler.max_num_batched_tokens = 2048
     scheduler.enable_prefix_caching = True
+    # Without bfloat16 instructions it computes in float32, and takes no bfloat16 cache; its own default is 8 bits.
+    has_bfloat16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    dtype = openvino.Type.bf16 if has_bfloat16 else openvino.Type.f32
     properties = {
         "INFERENCE_NUM_THREADS": THREADS,
-        "INFERENCE_PRECISION_HINT": openvino.Type.bf16,
-        "KV_CACHE_PRECISION": openvino.Type.bf16,
+        "INFERENCE_PRECISION_HINT": dtype,
+        "KV_CACHE_PRECISION": dtype,
         **extra,
     }
     pipeline = genai.ContinuousBatchingPipeline(f"{model}-openvino", scheduler, "CPU", properties)

@@ -12,10 +12,21 @@
 #endif
 
 #define OMNI_INLINE inline __attribute__((always_inline))
+#define OMNI_LAMBDA __attribute__((always_inline))
 #if defined(__clang__)
 #define OMNI_UNROLL _Pragma("unroll")
 #else
 #define OMNI_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// Keeps a vector in a register: compilers fold a load into each instruction that uses it, and then loads are what a
+// loop waits for.
+#if defined(__x86_64__)
+#define OMNI_IN_REGISTER(vector) __asm__("" : "+x"(vector))
+#elif defined(__aarch64__)
+#define OMNI_IN_REGISTER(vector) __asm__("" : "+w"(vector))
+#else
+#define OMNI_IN_REGISTER(vector) (void)(vector)
 #endif
 
 namespace omni {
