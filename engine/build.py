@@ -24,7 +24,7 @@ from ..models.weights import load_weights
 from ..ops.table import OpTable
 from .config import EngineConfig
 from .speculation.buffers import Drafting, allocate_drafting
-from .speculation.drafting import Drafter, ModelDrafter, MTPDrafter, NgramDrafter
+from .speculation.drafting import REMEMBERED, Drafter, ModelDrafter, MTPDrafter, NgramDrafter
 from .speculation.verification import SyntheticAcceptance, accept_equal
 
 
@@ -67,7 +67,9 @@ def build_models(config: EngineConfig, device: torch.device, layout: ParallelLay
     if config.speculation is not None:
         choice = config.speculation.choice
         if choice.method == "mtp":
-            drafter = MTPDrafter(MultiTokenPredictor(decoder, Placement(layout, dtype, device, decoder.ops)))
+            # Steps without drafts are a choice then, not just the last ones of a request.
+            window = REMEMBERED if 0 in choice.depths else 0
+            drafter = MTPDrafter(MultiTokenPredictor(decoder, Placement(layout, dtype, device, decoder.ops)), window)
         elif choice.method == "ngram":
             drafter = NgramDrafter(choice.min_n, choice.max_n)
         else:

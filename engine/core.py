@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from ..ops.cpu.threads import release_team
 from ..scheduler.plan import StepOutput, StepPlan
 from ..scheduler.request import RequestInput, RequestUpdate
 from ..scheduler.scheduler import Scheduler, SchedulerStats
@@ -101,6 +102,8 @@ class EngineCore:
         updates = self._queue_prepared() if self._waiting_for_grammar else []
         while self.scheduler.next_output_is_dropped:  # computed for requests that had ended, or were aborted since
             self._read()
+        if self._thread is not None and not self._in_flight:
+            release_team()  # this thread's, which loaded the model; the thread of the steps has its own
         while len(self._in_flight) < self._max_in_flight:
             plan = self.scheduler.schedule()
             if not plan.rows:

@@ -20,6 +20,7 @@ from .graphs.decode_step import DRAFT, Decoder, draft
 from .graphs.runner import GraphRunner
 from .row_state import RowTable, commit_tokens, decode_context, table_width
 from .sampler import Sampled, Sampler, gather_logprobs
+from .speculation.backlog import Backlog
 from .speculation.buffers import Drafting
 from .speculation.drafting import StepTokens
 from .speculation.verification import accept_equal, draft_window, verify, window_ids
@@ -121,6 +122,8 @@ class ModelRunner:
         self.sampler = Sampler(max_num_seqs, vocab_size, device, logprobs_mode)
         self.constraints = ConstrainedRows(grammars, device)
         self.graphs = GraphRunner(model, self.table.state, caches, self.drafting)
+        window = 0 if drafting is None else drafting.drafter.window
+        self._backlog = Backlog(max_num_seqs, window) if window else None
         self._unread: deque[DispatchedStep] = deque()
 
     def execute(self, plan: StepPlan) -> StepOutput:
@@ -130,8 +133,15 @@ class ModelRunner:
     @torch.inference_mode()
     def dispatch(self, plan: StepPlan) -> DispatchedStep:
         """Take in the plan's changes, forward, sample, and leave the tokens where the next step finds them."""
+        if self._backlog is not None and plan.released_rows:  # before anybody else computes in their blocks
+            self._catch_up(np.asarray(plan.released_rows, np.int64), self._backlog)
         self._apply(plan)
         rows = np.asarray(plan.rows, np.int64)
+        if self._backlog is not None and plan.num_decode:
+            decoding = rows[: plan.num_decode]
+            self._catch_up(self._backlog.due(decoding, plan.num_drafts), self._backlog)
+            if not plan.num_drafts:
+                self._backlog.add(decoding)
         is_decode = plan.is_decode_only and not self._reports_prompt(plan)
         entries = range(len(rows)) if is_decode else [entry for entry, samples in enumerate(plan.samples) if samples]
         step = DispatchedStep(plan, entries)
@@ -209,6 +219,18 @@ class ModelRunner:
             return host.tolist()
 
         return read
+
+    def _catch_up(self, rows: np.ndarray, backlog: Backlog) -> None:
+        """Let the drafter take in what it has only remembered of these rows."""
+        if not len(rows):
+            return
+        token_rows, distances = backlog.take(rows)
+        if len(token_rows):
+            drafting = self.drafting
+            assert drafting is not None
+            drafter, index, distances = drafting.drafter, self._to_device(token_rows), self._to_device(distances)
+            caches = self.caches[len(self.caches) - drafter.num_caches :]
+            drafter.catch_up(index, distances, self.table.state, caches, drafting.memory)
 
     def _apply(self, plan: StepPlan) -> None:
         for row in plan.released_rows:

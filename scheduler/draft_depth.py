@@ -12,6 +12,7 @@ FIRST_STEPS, FIRST_REQUESTS = 8, 8  # measured before the first trial: steps, an
 TRIAL_STEPS, TRIAL_REQUESTS = 16, 32  # after which a trial that is neither won nor lost is decided
 DOUBT = 1  # requests that count as if all their drafts had been accepted, so that bad luck ends no trial
 MARGIN = 1.02  # by which another depth must be better
+LOOK_STEPS = 8  # between two looks at whether the best depth still is what it was
 WORSE = 0.8  # of what it was at the last trial: so little from the best depth means that the world has changed
 
 
@@ -123,6 +124,7 @@ class _Trials:
         self._num_steps = 0  # of the trial
         self._gained = 0.0  # tokens per request of these
         self._num_unmeasured = 0  # steps of it whose time says nothing
+        self._num_since_look = 0  # steps
         self._left = 0  # steps after which the trial ends in any case
 
     def choose(self) -> int:
@@ -147,10 +149,13 @@ class _Trials:
             recent.add(seconds, num_requests, num_tokens, had_drafts)
         if trial is None:
             self._credit += self._share * seconds
-            if recent.seconds and recent.rate() < WORSE * self._expected:
-                self._credit, self._expected = 0.0, 0.0
-            is_known = len(recent.seconds) >= FIRST_STEPS and recent.num_requests >= FIRST_REQUESTS
-            if is_known and self._credit >= 0:
+            self._num_since_look += 1
+            if self._num_since_look >= LOOK_STEPS and recent.seconds:
+                self._num_since_look = 0
+                if recent.rate() < WORSE * self._expected:
+                    self._credit, self._expected = 0.0, 0.0
+            is_due = self._credit >= 0 and len(recent.seconds) >= FIRST_STEPS
+            if is_due and recent.num_requests >= FIRST_REQUESTS:
                 self._begin(num_requests)
             return
         if depth == trial.depth:

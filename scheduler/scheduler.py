@@ -95,9 +95,12 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step. A plan without rows means that there is nothing to do; it is not to be executed."""
         budget, depth = self.config.max_num_batched_tokens, self.draft_depth
-        sketch = (
-            PlanSketch(budget) if depth is None else PlanSketch(budget, depth.depths, depth.choose(len(self.running)))
-        )
+        if depth is None:
+            sketch = PlanSketch(budget)
+        else:
+            # With nothing running yet, for those who will be when this step's prompts are through.
+            num_requests = len(self.running) or min(len(self.waiting), self.config.max_num_seqs)
+            sketch = PlanSketch(budget, depth.depths, depth.choose(num_requests))
         self._plan_running(sketch)
         # While blocks are short nobody comes in: it would take what a running request gave up or waits for.
         if not sketch.is_short:

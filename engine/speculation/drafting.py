@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,6 +17,8 @@ from ..row_state import NO_DRAFT, RowState, decode_context
 
 Choose = Callable[[Tensor, Tensor], Tensor]  # logits [n, vocab], positions int64 [n] -> tokens int64 [n]
 Caches = list[tuple[Tensor, ...]]
+Memory = tuple[Tensor, ...]
+REMEMBERED = 32  # tokens of a row: enough that the product is a large one
 
 
 @dataclass(frozen=True)
@@ -39,22 +41,28 @@ class Drafter(Protocol):
     """
 
     num_caches: int  # layers behind the model's own
+    window: int  # newest tokens of a row that may only be remembered, in steps without drafts; 0: none are
 
-    def make_memory(self, num_rows: int, max_model_len: int, device: torch.device) -> tuple[Tensor, ...]:
+    def make_memory(self, num_rows: int, max_model_len: int, device: torch.device) -> Memory:
         """Tensors with an entry per row, the null row the last; they change in place."""
         ...
 
-    def admit(self, memory: tuple[Tensor, ...], row: int, token_ids: Tensor) -> None:
+    def admit(self, memory: Memory, row: int, token_ids: Tensor) -> None:
         """Hear of a request's tokens (int64) before its first step."""
         ...
 
     def draft(
-        self, tokens: StepTokens, state: RowState, caches: Caches, memory: tuple[Tensor, ...], num_drafts: int,
+        self, tokens: StepTokens, state: RowState, caches: Caches, memory: Memory, num_drafts: int,
         choose: Choose,
     ) -> Tensor:  # fmt: skip
         """Take in a step's tokens; then the state holds the newest ones already -> what follows these, int64
         [n, num_drafts], NO_DRAFT where nothing is guessed. With no drafts asked for, whatever later drafts need of this
-        step's tokens is kept all the same."""
+        step's tokens is kept all the same; with a `window`, those of requests that decode are only remembered."""
+        ...
+
+    def catch_up(self, rows: Tensor, distances: Tensor, state: RowState, caches: Caches, memory: Memory) -> None:
+        """Take in remembered tokens: int64 [n] each, the row of a token, and how far it stands before the row's newest
+        one. Only where there is a `window`."""
         ...
 
 
@@ -63,27 +71,39 @@ class MTPDrafter(nn.Module):
 
     Its cache entry at a slot joins the state of the token there to the token behind it. Entries of drafts hold the
     layer's own output for that state; the step that verifies the drafts computes them anew from the model's.
+
+    With a `window` the state of a token and what follows it wait in the memory, at the token's position modulo the
+    window, while steps have no drafts.
     """
 
     num_caches = 1
 
-    def __init__(self, predictor: MultiTokenPredictor) -> None:
+    def __init__(self, predictor: MultiTokenPredictor, window: int = 0) -> None:
         super().__init__()
         self.predictor = predictor
+        self.window = window
 
-    def make_memory(self, num_rows: int, max_model_len: int, device: torch.device) -> tuple[Tensor, ...]:
-        return ()
+    def make_memory(self, num_rows: int, max_model_len: int, device: torch.device) -> Memory:
+        if not self.window:
+            return ()
+        places, weight = (num_rows + 1) * self.window, self.predictor.norm.weight
+        hidden = torch.zeros((places, weight.shape[0]), dtype=weight.dtype, device=device)
+        return hidden, torch.zeros(places, dtype=torch.int64, device=device)
 
-    def admit(self, memory: tuple[Tensor, ...], row: int, token_ids: Tensor) -> None:
+    def admit(self, memory: Memory, row: int, token_ids: Tensor) -> None:
         pass
 
     def draft(
-        self, tokens: StepTokens, state: RowState, caches: Caches, memory: tuple[Tensor, ...], num_drafts: int,
+        self, tokens: StepTokens, state: RowState, caches: Caches, memory: Memory, num_drafts: int,
         choose: Choose,
     ) -> Tensor:  # fmt: skip
         num_rows = tokens.rows.shape[0]
         if not num_drafts or not num_rows:  # nothing is asked for, or no chunk reaches its prompt's end
-            self.predictor.store(tokens.hidden, tokens.next_ids, tokens.context, caches)
+            if not num_drafts and self.window:
+                self._remember(tokens, memory)
+                tokens = _chunks(tokens)
+            if tokens.input_ids.shape[0]:
+                self.predictor.store(tokens.hidden, tokens.next_ids, tokens.context, caches)
             return tokens.rows.new_empty((num_rows, num_drafts))
         hidden = self.predictor(tokens.hidden, tokens.next_ids, tokens.context, caches)[tokens.last]
         newest = state.position[tokens.rows]
@@ -95,6 +115,29 @@ class MTPDrafter(nn.Module):
             drafts.append(choose(self.predictor.logits(hidden), newest + (place + 1)))
         return torch.stack(drafts, dim=1)
 
+    def _remember(self, tokens: StepTokens, memory: Memory) -> None:
+        """Keep what the entries of the decoding requests' tokens are made of. Mutates the memory."""
+        hidden, next_ids = memory
+        count = tokens.context.num_decode_tokens
+        if count:
+            places = self._places(tokens.token_rows[:count], tokens.context.positions[:count])
+            # scatter_ and not index_put_, of which TorchAir has no form
+            hidden.scatter_(0, places.unsqueeze(1).expand(-1, hidden.shape[1]), tokens.hidden[:count])
+            next_ids.scatter_(0, places, tokens.next_ids[:count])
+
+    def _places(self, rows: Tensor, positions: Tensor) -> Tensor:
+        return rows * self.window + positions % self.window
+
+    def catch_up(self, rows: Tensor, distances: Tensor, state: RowState, caches: Caches, memory: Memory) -> None:
+        hidden, next_ids = memory
+        positions = state.position[rows] - distances
+        places = self._places(rows, positions)
+        block_size = caches[0][0].shape[1]
+        slots = state.block_table[rows, positions // block_size].to(torch.int64) * block_size + positions % block_size
+        none = state.block_table[:0]  # nothing attends
+        context = ForwardContext(positions, slots, none, none[:, 0], num_decode=0)
+        self.predictor.store(hidden[places], next_ids[places], context, caches)
+
 
 class ModelDrafter(nn.Module):
     """Drafts with a smaller model of the same vocabulary.
@@ -103,24 +146,27 @@ class ModelDrafter(nn.Module):
     when they were made; so it starts from two tokens: the newest one, and the one before.
     """
 
+    window = 0
+
     def __init__(self, model: CausalDecoder) -> None:
         super().__init__()
         self.model = model
         self.num_caches = len(model.layers)
 
-    def make_memory(self, num_rows: int, max_model_len: int, device: torch.device) -> tuple[Tensor, ...]:
+    def make_memory(self, num_rows: int, max_model_len: int, device: torch.device) -> Memory:
         return ()
 
-    def admit(self, memory: tuple[Tensor, ...], row: int, token_ids: Tensor) -> None:
+    def admit(self, memory: Memory, row: int, token_ids: Tensor) -> None:
         pass
 
     def draft(
-        self, tokens: StepTokens, state: RowState, caches: Caches, memory: tuple[Tensor, ...], num_drafts: int,
+        self, tokens: StepTokens, state: RowState, caches: Caches, memory: Memory, num_drafts: int,
         choose: Choose,
     ) -> Tensor:  # fmt: skip
         block_size = caches[0][0].shape[1]
         if tokens.context.prefill_query_lens:
-            self.model.forward(*_chunks(tokens), caches)
+            chunks = _chunks(tokens)
+            self.model.forward(chunks.input_ids, chunks.context, caches)
         rows = tokens.rows
         if not rows.shape[0]:  # chunks that do not reach their prompt's end
             return rows.new_empty((0, num_drafts))
@@ -145,21 +191,22 @@ class NgramDrafter(nn.Module):
     """Drafts what followed the newest tokens when they last occurred in the request itself (prompt lookup decoding)."""
 
     num_caches = 0
+    window = 0
 
     def __init__(self, min_n: int, max_n: int) -> None:
         super().__init__()
         self.min_n = min_n
         self.max_n = max_n
 
-    def make_memory(self, num_rows: int, max_model_len: int, device: torch.device) -> tuple[Tensor, ...]:
+    def make_memory(self, num_rows: int, max_model_len: int, device: torch.device) -> Memory:
         """The history: int32 [rows + 1, max_model_len + 1]. In the last column go tokens that have no place."""
         return (torch.full((num_rows + 1, max_model_len + 1), NO_DRAFT, dtype=torch.int32, device=device),)
 
-    def admit(self, memory: tuple[Tensor, ...], row: int, token_ids: Tensor) -> None:
+    def admit(self, memory: Memory, row: int, token_ids: Tensor) -> None:
         memory[0][row, : token_ids.shape[0]] = token_ids.to(memory[0])
 
     def draft(
-        self, tokens: StepTokens, state: RowState, caches: Caches, memory: tuple[Tensor, ...], num_drafts: int,
+        self, tokens: StepTokens, state: RowState, caches: Caches, memory: Memory, num_drafts: int,
         choose: Choose,
     ) -> Tensor:  # fmt: skip
         (history,) = memory
@@ -172,8 +219,8 @@ class NgramDrafter(nn.Module):
         return propose_ngram(history[tokens.rows], lengths, self.min_n, self.max_n, num_drafts)
 
 
-def _chunks(tokens: StepTokens) -> tuple[Tensor, ForwardContext]:
-    """A step without the requests that decode."""
+def _chunks(tokens: StepTokens) -> StepTokens:
+    """A step without the requests that decode; its `rows` and `last` are the whole step's."""
     context = tokens.context
     first, start = context.num_decode, context.num_decode_tokens
     chunks = ForwardContext(
@@ -185,4 +232,11 @@ def _chunks(tokens: StepTokens) -> tuple[Tensor, ForwardContext]:
         prefill_query_lens=context.prefill_query_lens,
         prefill_context_lens=context.prefill_context_lens,
     )
-    return tokens.input_ids[start:], chunks
+    return replace(
+        tokens,
+        token_rows=tokens.token_rows[start:],
+        context=chunks,
+        input_ids=tokens.input_ids[start:],
+        next_ids=tokens.next_ids[start:],
+        hidden=tokens.hidden[start:],
+    )

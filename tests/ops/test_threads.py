@@ -1,0 +1,34 @@
+"""A thread's team of OpenMP threads can be given up, and comes back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch  # noqa: F401  its runtime is the one
+
+from omni_engine.ops.cpu import threads
+
+SCRIPT = """
+import os, torch
+from omni_engine.ops.cpu.threads import release_team
+torch.set_num_threads(3)
+value = torch.rand(1 << 20)
+expected = value.exp().sum()
+counts = []
+for release in (lambda: None, release_team, release_team, lambda: None):
+    release()
+    counts.append(len(os.listdir("/proc/self/task")))
+    assert torch.equal(value.exp().sum(), expected)
+    counts.append(len(os.listdir("/proc/self/task")))
+print(*counts)
+"""
+
+
+@pytest.mark.skipif(not threads.runtimes(), reason="torch here has another runtime than GNU's")
+def test_the_threads_are_gone_until_the_next_loop():
+    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120, check=True)
+    kept, kept_after, gone, back, gone_again, back_again, still, _ = map(int, run.stdout.split())
+    assert kept == kept_after == back == back_again == still
+    assert gone == gone_again == kept - 2
