@@ -7,6 +7,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,3 +144,22 @@ def test_without_peers_the_command_prints_what_is_there(tmp_path):
     done = subprocess.run([sys.executable, str(PEERS / "compare.py"), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| llama-160m | W3 | omni-engine | not run |" in done.stdout
+
+
+def test_the_memory_of_a_server_is_that_of_all_its_processes(peers):
+    program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = bytearray(10**8); input()'])"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 20
+        while peers.servers.memory_mb(process.pid) < 100 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(peers.servers.descendants(process.pid)) == 2
+        assert 100 <= peers.servers.memory_mb(process.pid) < 1000
+        process.communicate(b"\n")
+
+
+def test_a_server_that_ends_is_told_from_one_that_is_slow(peers, tmp_path):
+    with (
+        peers.servers.running([sys.executable, "-c", "raise SystemExit(3)"], {}, tmp_path / "log") as process,
+        pytest.raises(RuntimeError, match="ended with status 3"),
+    ):
+        peers.servers.first_token("http://127.0.0.1:9/v1", process)

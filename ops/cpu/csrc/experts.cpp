@@ -29,10 +29,7 @@ void dot_weights(const T* weight, int64_t weight_stride, int64_t count, const St
   for (int64_t row = 0; row < count; row += kBlockRows) {
     const T* from = weight + row * weight_stride;
     const int64_t rows = std::min(kBlockRows, count - row);
-    Ahead ahead;
-    ahead.next = reinterpret_cast<const char*>(from + rows * weight_stride);
-    ahead.end = reinterpret_cast<const char*>(weight + std::min(row + 2 * kBlockRows, count) * weight_stride);
-    dot_matrix<T>(from, weight_stride, rows, x, x_stride, columns, size, sums + row, stride, ahead);
+    dot_matrix<T>(from, weight_stride, rows, x, x_stride, columns, size, sums + row, stride, count - row - rows);
   }
 }
 

@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kStagedRows = 256;  // rows of x that are staged at a time
 constexpr int64_t kRowsToShare = 16;  // from which on threads share the staging
 constexpr int64_t kTasksPerThread = 8;
+static_assert(kBlockRows == 8, "outputs are rounded eight at a time");
 
 template <class T>
 void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64_t first, int64_t count) {
@@ -31,19 +32,20 @@ void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64
     for (int64_t row = 0; row < count; row += kColumnsAtOnce) {
       const int64_t rows = std::min(kColumnsAtOnce, count - row);
       for (int64_t n = begin; n < end; n += kBlockRows) {
-        const int64_t width = std::min(kBlockRows, end - n), next = std::min(kBlockRows, end - n - width);
+        const int64_t width = std::min(kBlockRows, end - n);
         const T* from = weight + n * problem.weight_stride;
-        Ahead ahead;
-        if (row == 0) {
-          ahead.next = reinterpret_cast<const char*>(from + width * problem.weight_stride);
-          ahead.end = reinterpret_cast<const char*>(from + (width + next) * problem.weight_stride);
-        }
-        dot_matrix<T>(from, problem.weight_stride, width, x + row * x_stride, x_stride, rows, inputs, sums,
-                      kBlockRows, ahead);
+        dot_matrix<T>(from, problem.weight_stride, width, x + row * x_stride, x_stride, rows, inputs, sums, kBlockRows,
+                      row == 0 ? end - n - width : 0);
         for (int64_t m = 0; m < rows; ++m) {
           T* to = output + (row + m) * problem.output_stride + n;
-          for (int64_t r = 0; r < width; ++r)
-            to[r] = narrow<T>(sums[m * kBlockRows + r] + (bias ? to_float(bias[n + r]) : 0.0f));
+          float* from = sums + m * kBlockRows;
+          if (bias)
+            for (int64_t r = 0; r < width; ++r) from[r] += to_float(bias[n + r]);
+          if (width == kBlockRows) {
+            narrow_eight<T>(from, to);
+          } else {
+            for (int64_t r = 0; r < width; ++r) to[r] = narrow<T>(from[r]);
+          }
         }
       }
     }

@@ -140,8 +140,12 @@ struct Ahead {
   const char* next = nullptr;
   const char* end = nullptr;
 
-  OMNI_INLINE void ask(int64_t lines) {
-    for (int64_t line = 0; line < lines && next < end; ++line, next += kLineBytes) __builtin_prefetch(next, 0, 2);
+  template <int kLines>
+  OMNI_INLINE void ask() {
+    if (kLines == 0 || next >= end) return;
+    OMNI_UNROLL
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(next + line * kLineBytes, 0, 2);
+    next += kLines * kLineBytes;
   }
 };
 
@@ -151,10 +155,12 @@ OMNI_INLINE void accumulate(Floats (&partial)[kRows][kColumns], const T* const (
                             int64_t x_stride, int64_t size, Ahead& ahead) {
   constexpr int kStep = Staging<T>::kStep;
   int64_t at = 0;
+  Ahead asking = ahead;  // in registers
   for (; at + kStep <= size; at += kStep) {
-    if constexpr (kLines > 0) ahead.ask(kLines);
+    asking.ask<kLines>();
     dot_step<T, kRows, kColumns>(partial, rows, at, x, x_stride);
   }
+  ahead = asking;
   if (at < size) {
     T rests[kRows][kStep] = {};
     const T* rest_rows[kRows];
@@ -231,21 +237,26 @@ constexpr int64_t kColumnsAtOnce = 96;   // staged columns that dot_matrix takes
 constexpr int64_t kColumnsToStage = 2 * kTileColumns + 1;  // from which on staging rows is repaid
 
 // sums[column * stride + row] of `count` rows that lie `row_stride` apart, for at most kColumnsAtOnce staged columns.
+// `following`: how many rows behind them will be read next; memory is asked for them.
 //
 // Where there are more columns than some tiles have, a block of rows and inputs that fits into the first-level cache is
-// staged too, so that it is widened once, and meets all columns before the next block does. The lanes of unfinished sums
-// are kept in between, so the order of addition is that of one pass.
+// staged too, so that it is widened once, and meets all columns before the next block does. The lanes of unfinished
+// sums are kept in between, so the order of addition is that of one pass.
 template <class T>
 inline void dot_matrix(const T* matrix, int64_t row_stride, int64_t count, const Staged<T>* x, int64_t x_stride,
-                       int64_t columns, int64_t size, float* sums, int64_t stride, Ahead& ahead) {
+                       int64_t columns, int64_t size, float* sums, int64_t stride, int64_t following) {
   const int64_t whole = count / kTileRows * kTileRows;
+  const auto address = [&](int64_t row) { return reinterpret_cast<const char*>(matrix + row * row_stride); };
+  Ahead ahead;
   if (columns < kColumnsToStage) {
+    if (following > 0) ahead = {address(kTileRows), address(count + std::min<int64_t>(following, kTileRows))};
     for (int64_t row = 0; row < whole; row += kTileRows) {
       const T* from = matrix + row * row_stride;
       const T* const rows[kTileRows] = {from, from + row_stride, from + 2 * row_stride, from + 3 * row_stride};
       dot_columns<T, kTileRows>(rows, x, x_stride, columns, size, sums + row, stride, ahead);
     }
   } else {
+    if (following > 0) ahead = {address(count), address(count + std::min(following, kBlockRows))};
     alignas(kVectorBytes) Staged<T> block[Staging<T>::kSame ? 1 : kBlockRows * kInputsAtOnce];
     Floats unfinished[kColumnsAtOnce * kBlockRows];
     for (int64_t first = 0; first < whole; first += kBlockRows) {
@@ -258,22 +269,28 @@ inline void dot_matrix(const T* matrix, int64_t row_stride, int64_t count, const
           staged = matrix + first * row_stride + at;
           staged_stride = row_stride, staged_inputs = inputs;
         } else {
-          for (int64_t row = first; row < last; ++row)
-            stage<T>(matrix + row * row_stride + at, inputs, block + (row - first) * kInputsAtOnce);
+          constexpr int64_t kLine = kLineBytes / sizeof(T);  // what comes next is asked for as fast as this is read
+          for (int64_t row = first; row < last; ++row) {
+            for (int64_t from = 0; from < inputs; from += kLine) {
+              ahead.ask<1>();
+              stage<T>(matrix + row * row_stride + at + from, std::min(kLine, inputs - from),
+                       block + (row - first) * kInputsAtOnce + from);
+            }
+          }
         }
         Floats* kept = unfinished;
         const int64_t groups = (columns + kTileColumns - 1) / kTileColumns;
-        const int64_t lines = (last - first) * inputs * int64_t(sizeof(T)) / kLineBytes;
+        const int64_t lines = Staging<T>::kSame ? (last - first) * inputs * int64_t(sizeof(T)) / kLineBytes : 0;
         for_each_column_group(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
-          ahead.ask((lines + groups - 1) / groups);
+          for (int64_t line = 0; line < lines; line += groups) ahead.ask<1>();
           for (int64_t row = first; row < last; row += kTileRows, kept += kTileRows * width.value) {
             const Staged<T>* from = staged + (row - first) * staged_stride;
             const Staged<T>* const rows[kTileRows] = {from, from + staged_stride, from + 2 * staged_stride,
                                                       from + 3 * staged_stride};
             Floats partial[kTileRows][width.value] = {};
             if (at > 0) for_each_sum(partial, [&](Floats& sum, int index) OMNI_LAMBDA { sum = kept[index]; });
-            accumulate<Staged<T>, kTileRows, width.value, 0>(partial, rows, x + column * x_stride + at, x_stride,
-                                                             staged_inputs, ahead);
+            const Staged<T>* from_x = x + column * x_stride + at;
+            accumulate<Staged<T>, kTileRows, width.value, 0>(partial, rows, from_x, x_stride, staged_inputs, ahead);
             if (at + inputs < size) {
               for_each_sum(partial, [&](Floats& sum, int index) OMNI_LAMBDA { kept[index] = sum; });
             } else {
