@@ -93,6 +93,35 @@ def test_a_row_of_linear_does_not_depend_on_the_other_rows(own: OpTable, dtype: 
 
 
 @DTYPES
+def test_rows_are_the_same_where_inputs_and_rows_are_taken_block_by_block(own: OpTable, dtype: torch.dtype) -> None:
+    # 1100 inputs are two whole blocks and a piece of one; 200 rows are more than are taken at once
+    x, weight = randn(dtype, 64 if dtype == torch.float32 else 200, 1100), randn(dtype, 21, 1100)
+    whole = own.linear(x, weight)
+    assert_close(whole, PLAIN.linear(*widened(x, weight)), dtype)
+    for rows in (1, 3, 4, 6, 7, 12, 13, 64):
+        assert torch.equal(own.linear(x[-rows:], weight), whole[-rows:])
+    for changed in (0, 511, 512, 1023, 1024, 1099):  # every block counts
+        other = weight.clone()
+        other[9, changed] += 64
+        differs = (own.linear(x, other) != whole).any(dim=0)
+        assert differs.nonzero().flatten().tolist() == [9]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_are_rounded_as_torch_rounds_them(own: OpTable, dtype: torch.dtype) -> None:
+    special = [float("inf"), -float("inf"), float("nan"), 3e38, -3e38, 1.0, -0.0, 1e-40]
+    x = torch.cat([randn(dtype, 40, 2), torch.tensor([[1.0, value] for value in special]).to(dtype)])
+    weight = torch.tensor([[1.0, scale] for scale in (2**-8, 2**-9, 3 * 2**-9, 1.0, 2.0, 0.5, 2**-11, 2**-12)]).to(
+        dtype
+    )
+    exact = x.float()[:, :1] * weight.float()[:, 0] + x.float()[:, 1:] * weight.float()[:, 1]  # one rounding each
+    rounded = own.linear(x, weight)
+    assert torch.equal(rounded.isnan(), exact.to(dtype).isnan())
+    assert torch.equal(rounded.nan_to_num(nan=0.0), exact.to(dtype).nan_to_num(nan=0.0))
+    assert not torch.equal(rounded.float(), exact)  # some sums had to be rounded at all
+
+
+@DTYPES
 def test_linear_of_many_rows_equals_the_plain_body(own: OpTable, dtype: torch.dtype) -> None:
     x, weight = randn(dtype, 600, 40), randn(dtype, 30, 40)
     assert_close(own.linear(x, weight), PLAIN.linear(*widened(x, weight)), dtype)

@@ -16,30 +16,20 @@ namespace {
 constexpr int64_t kInnerPerTask = 32;
 constexpr int64_t kMaxDimsPerTask = 64;
 constexpr int64_t kTasksPerThread = 8;
-constexpr int64_t kColumnsAtOnce = 96;  // token rows that meet one group of weight rows at a time
 constexpr int64_t kStagedRows = 1024;   // (token, choice) pairs that are staged at a time, or one expert's
 
 struct Chosen {  // an expert that some token chose, and where its rows lie among all (token, choice) pairs
   int64_t expert, begin, end;
 };
 
-// sums[column * stride + row] of `count` consecutive weight rows.
+// sums[column * stride + row] of `count` consecutive weight rows, for at most kColumnsAtOnce columns.
 template <class T>
 void dot_weights(const T* weight, int64_t weight_stride, int64_t count, const Staged<T>* x, int64_t x_stride,
                  int64_t columns, int64_t size, float* sums, int64_t stride) {
-  int64_t row = 0;
-  for (; row + kTileRows <= count; row += kTileRows) {
+  for (int64_t row = 0; row < count; row += kBlockRows) {
     const T* from = weight + row * weight_stride;
-    const T* const tile[kTileRows] = {from, from + weight_stride, from + 2 * weight_stride, from + 3 * weight_stride};
-    Ahead ahead;
-    ahead.next = reinterpret_cast<const char*>(from + kTileRows * weight_stride);
-    ahead.end = reinterpret_cast<const char*>(weight + std::min(row + 2 * kTileRows, count) * weight_stride);
-    dot_columns<T, kTileRows>(tile, x, x_stride, columns, size, sums + row, stride, ahead);
-  }
-  Ahead none;
-  for (; row < count; ++row) {
-    const T* const single[1] = {weight + row * weight_stride};
-    dot_columns<T, 1>(single, x, x_stride, columns, size, sums + row, stride, none);
+    const int64_t rows = std::min(kBlockRows, count - row);
+    dot_matrix<T>(from, weight_stride, rows, x, x_stride, columns, size, sums + row, stride, count - row - rows);
   }
 }
 

@@ -12,9 +12,10 @@
 namespace omni {
 namespace {
 
-constexpr int64_t kStagedRows = 256;           // rows of x that are staged at a time
-constexpr int64_t kCachedBytes = 256 * 1024;   // of staged x that a thread goes through per group of weight rows
+constexpr int64_t kStagedRows = 256;  // rows of x that are staged at a time
+constexpr int64_t kRowsToShare = 16;  // from which on threads share the staging
 constexpr int64_t kTasksPerThread = 8;
+static_assert(kBlockRows == 8, "outputs are rounded eight at a time");
 
 template <class T>
 void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64_t first, int64_t count) {
@@ -22,40 +23,29 @@ void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64
   const auto* bias = static_cast<const T*>(problem.bias);
   auto* output = static_cast<T*>(problem.output) + first * problem.output_stride;
   const int64_t inputs = problem.inputs, outputs = problem.outputs;
-  const int64_t groups = (outputs + kTileRows - 1) / kTileRows;
-  const int64_t groups_per_task = std::clamp<int64_t>(groups / (thread_count() * kTasksPerThread), 4, 64);
-  const int64_t cached = std::max<int64_t>(kCachedBytes / int64_t(x_stride * sizeof(Staged<T>)), 1);
-  const int64_t rows_at_once = std::min(kStagedRows, (cached + kTileColumns - 1) / kTileColumns * kTileColumns);
-  for_each_task((groups + groups_per_task - 1) / groups_per_task, [&](int64_t task) {
-    const int64_t begin = task * groups_per_task * kTileRows;
-    const int64_t end = std::min(begin + groups_per_task * kTileRows, outputs);
-    float sums[kStagedRows * kTileRows];
-    for (int64_t row = 0; row < count; row += rows_at_once) {
-      const int64_t rows = std::min(rows_at_once, count - row);
-      for (int64_t n = begin; n < end; n += kTileRows) {
-        const int64_t width = std::min<int64_t>(kTileRows, end - n);
+  const int64_t blocks = (outputs + kBlockRows - 1) / kBlockRows;
+  const int64_t blocks_per_task = std::clamp<int64_t>(blocks / (thread_count() * kTasksPerThread), 2, 32);
+  for_each_task((blocks + blocks_per_task - 1) / blocks_per_task, [&](int64_t task) {
+    const int64_t begin = task * blocks_per_task * kBlockRows;
+    const int64_t end = std::min(begin + blocks_per_task * kBlockRows, outputs);
+    float sums[kColumnsAtOnce * kBlockRows];
+    for (int64_t row = 0; row < count; row += kColumnsAtOnce) {
+      const int64_t rows = std::min(kColumnsAtOnce, count - row);
+      for (int64_t n = begin; n < end; n += kBlockRows) {
+        const int64_t width = std::min(kBlockRows, end - n);
         const T* from = weight + n * problem.weight_stride;
-        if (width == kTileRows) {
-          const T* const tile[kTileRows] = {from, from + problem.weight_stride, from + 2 * problem.weight_stride,
-                                            from + 3 * problem.weight_stride};
-          Ahead ahead;
-          if (row == 0) {
-            ahead.next = reinterpret_cast<const char*>(from + kTileRows * problem.weight_stride);
-            const int64_t left = std::min<int64_t>(kTileRows, end - n - kTileRows);
-            ahead.end = reinterpret_cast<const char*>(from + (kTileRows + left) * problem.weight_stride);
-          }
-          dot_columns<T, kTileRows>(tile, x + row * x_stride, x_stride, rows, inputs, sums, kTileRows, ahead);
-        } else {
-          Ahead none;
-          for (int64_t r = 0; r < width; ++r) {
-            const T* const single[1] = {from + r * problem.weight_stride};
-            dot_columns<T, 1>(single, x + row * x_stride, x_stride, rows, inputs, sums + r, kTileRows, none);
-          }
-        }
+        dot_matrix<T>(from, problem.weight_stride, width, x + row * x_stride, x_stride, rows, inputs, sums, kBlockRows,
+                      row == 0 ? end - n - width : 0);
         for (int64_t m = 0; m < rows; ++m) {
           T* to = output + (row + m) * problem.output_stride + n;
-          for (int64_t r = 0; r < width; ++r)
-            to[r] = narrow<T>(sums[m * kTileRows + r] + (bias ? to_float(bias[n + r]) : 0.0f));
+          float* from = sums + m * kBlockRows;
+          if (bias)
+            for (int64_t r = 0; r < width; ++r) from[r] += to_float(bias[n + r]);
+          if (width == kBlockRows) {
+            narrow_eight<T>(from, to);
+          } else {
+            for (int64_t r = 0; r < width; ++r) to[r] = narrow<T>(from[r]);
+          }
         }
       }
     }
@@ -78,7 +68,14 @@ void linear_of(const Linear& problem) {
   auto* staged = scratch.reserve<Staged<T>>(std::min(kStagedRows, problem.rows) * stride);
   for (int64_t row = 0; row < problem.rows; row += kStagedRows) {
     const int64_t count = std::min(kStagedRows, problem.rows - row);
-    for (int64_t m = 0; m < count; ++m) stage<T>(x + (row + m) * problem.x_stride, problem.inputs, staged + m * stride);
+    const auto stage_row = [&](int64_t m) {
+      stage<T>(x + (row + m) * problem.x_stride, problem.inputs, staged + m * stride);
+    };
+    if (count < kRowsToShare) {
+      for (int64_t m = 0; m < count; ++m) stage_row(m);
+    } else {
+      for_each_task(count, stage_row);
+    }
     multiply<T>(problem, staged, stride, row, count);
   }
 }

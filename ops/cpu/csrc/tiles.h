@@ -1,6 +1,7 @@
 // The two register-blocked inner loops that every kernel is made of: dot products of rows, and weighted sums of rows.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -79,6 +80,9 @@ OMNI_INLINE void stage(const T* from, int64_t size, Staged<T>* to) {
   }
 }
 
+constexpr int kTileRows = 4;
+constexpr int kTileColumns = kRegisters == 32 ? 6 : 3;  // kTileRows * columns sums, the columns, one row: all registers
+
 template <class T, int kRows, int kColumns>
 OMNI_INLINE void dot_step(Floats (&sums)[kRows][kColumns], const T* const (&rows)[kRows], int64_t at,
                           const Staged<T>* x, int64_t x_stride) {
@@ -102,53 +106,61 @@ OMNI_INLINE void dot_step(Floats (&sums)[kRows][kColumns], const T* const (&rows
   for (int part = 0; part < kParts; ++part) {
     Floats columns[kColumns];
     OMNI_UNROLL
-    for (int c = 0; c < kColumns; ++c) columns[c] = load<Floats>(x + c * x_stride + at + part * kLanes);
+    for (int c = 0; c < kColumns; ++c) {
+      Floats column = load<Floats>(x + c * x_stride + at + part * kLanes);
+      OMNI_IN_REGISTER(column);
+      columns[c] = column;
+    }
     OMNI_UNROLL
     for (int r = 0; r < kRows; ++r) {
       Floats row;
       if constexpr (kParts == 2) {
-        const Words pairs = load<Words>(rows[r] + at);
-        row = bits_as<Floats>(part == 0 ? pairs << 16 : pairs & 0xffff0000u);
+        Words pairs = load<Words>(rows[r] + at);
+        if constexpr (kColumns < kTileColumns) {
+          row = bits_as<Floats>(part == 0 ? pairs << 16 : pairs & 0xffff0000u);
+        } else {  // a mask would take the register of a sum
+          if (part == 1) {
+            pairs >>= 16;
+            OMNI_IN_REGISTER(pairs);
+          }
+          row = bits_as<Floats>(pairs << 16);
+        }
       } else {
         row = widen(rows[r] + at);
       }
+      OMNI_IN_REGISTER(row);
       OMNI_UNROLL
       for (int c = 0; c < kColumns; ++c) sums[r][c] += row * columns[c];
     }
   }
 }
 
-constexpr int kTileRows = 4;
-constexpr int kTileColumns = kRegisters == 32 ? 6 : 3;  // kTileRows * columns sums, the columns, one row: all registers
-
 // Memory that will be read next, asked for a little at a time while there is something to compute.
 struct Ahead {
   const char* next = nullptr;
   const char* end = nullptr;
 
-  OMNI_INLINE void ask(int lines) {
+  template <int kLines>
+  OMNI_INLINE void ask() {
+    if (kLines == 0 || next >= end) return;
     OMNI_UNROLL
-    for (int line = 0; line < lines; ++line) {
-      if (next < end) {
-        __builtin_prefetch(next, 0, 2);
-        next += kLineBytes;
-      }
-    }
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(next + line * kLineBytes, 0, 2);
+    next += kLines * kLineBytes;
   }
 };
 
-// sums[column * stride + row] = rows[row] . x[column], every one added up in the same order whatever the tile.
-template <class T, int kRows, int kColumns>
-OMNI_INLINE void dot_tile(const T* const (&rows)[kRows], const Staged<T>* x, int64_t x_stride, int64_t size,
-                          float* sums, int64_t stride, Ahead& ahead) {
+// partial += rows . x, lane by lane, over `size` elements that begin at a whole step.
+template <class T, int kRows, int kColumns, int kLines>
+OMNI_INLINE void accumulate(Floats (&partial)[kRows][kColumns], const T* const (&rows)[kRows], const Staged<T>* x,
+                            int64_t x_stride, int64_t size, Ahead& ahead) {
   constexpr int kStep = Staging<T>::kStep;
-  constexpr int kLines = (kRows * kStep * sizeof(T) + kLineBytes - 1) / kLineBytes;
-  Floats partial[kRows][kColumns] = {};
   int64_t at = 0;
+  Ahead asking = ahead;  // in registers
   for (; at + kStep <= size; at += kStep) {
-    ahead.ask(kLines);
+    asking.ask<kLines>();
     dot_step<T, kRows, kColumns>(partial, rows, at, x, x_stride);
   }
+  ahead = asking;
   if (at < size) {
     T rests[kRows][kStep] = {};
     const T* rest_rows[kRows];
@@ -158,6 +170,10 @@ OMNI_INLINE void dot_tile(const T* const (&rows)[kRows], const Staged<T>* x, int
     }
     dot_step<T, kRows, kColumns>(partial, rest_rows, 0, x + at, x_stride);
   }
+}
+
+template <int kRows, int kColumns>
+OMNI_INLINE void store_tile(const Floats (&partial)[kRows][kColumns], float* sums, int64_t stride) {
   OMNI_UNROLL
   for (int c = 0; c < kColumns; ++c) {
     if constexpr (kRows == 4) {
@@ -169,30 +185,125 @@ OMNI_INLINE void dot_tile(const T* const (&rows)[kRows], const Staged<T>* x, int
   }
 }
 
-// sums[column * stride + row] for a few rows (kRows) and any number of staged columns.
-template <class T, int kRows>
-inline void dot_columns(const T* const (&rows)[kRows], const Staged<T>* x, int64_t x_stride, int64_t columns,
-                        int64_t size, float* sums, int64_t stride, Ahead& ahead) {
-  // groups of nearly the same size: 8 columns are 4 + 4, not 6 + 2
+// Calls function(first, std::integral_constant<int, width>) for groups of at most kTileColumns columns, all of nearly
+// the same size: 8 columns are 4 + 4, not 6 + 2.
+template <class Function>
+OMNI_INLINE void for_each_column_group(int64_t columns, const Function& function) {
   const int64_t groups = (columns + kTileColumns - 1) / kTileColumns;
   for (int64_t group = 0, column = 0; group < groups; ++group) {
     const int64_t width = columns * (group + 1) / groups - column;
-    const Staged<T>* from = x + column * x_stride;
-    float* to = sums + column * stride;
     switch (width) {
-      case 1: dot_tile<T, kRows, 1>(rows, from, x_stride, size, to, stride, ahead); break;
-      case 2: dot_tile<T, kRows, 2>(rows, from, x_stride, size, to, stride, ahead); break;
-      case 3: dot_tile<T, kRows, 3>(rows, from, x_stride, size, to, stride, ahead); break;
+      case 1: function(column, std::integral_constant<int, 1>{}); break;
+      case 2: function(column, std::integral_constant<int, 2>{}); break;
+      case 3: function(column, std::integral_constant<int, 3>{}); break;
       default:
         if constexpr (kTileColumns > 3) {
           switch (width) {
-            case 4: dot_tile<T, kRows, 4>(rows, from, x_stride, size, to, stride, ahead); break;
-            case 5: dot_tile<T, kRows, 5>(rows, from, x_stride, size, to, stride, ahead); break;
-            default: dot_tile<T, kRows, 6>(rows, from, x_stride, size, to, stride, ahead); break;
+            case 4: function(column, std::integral_constant<int, 4>{}); break;
+            case 5: function(column, std::integral_constant<int, 5>{}); break;
+            default: function(column, std::integral_constant<int, 6>{}); break;
           }
         }
     }
     column += width;
+  }
+}
+
+// sums[column * stride + row] = rows[row] . x[column] for a few rows (kRows) and any number of staged columns, every
+// one added up in the same order whatever the tile.
+template <class T, int kRows>
+inline void dot_columns(const T* const (&rows)[kRows], const Staged<T>* x, int64_t x_stride, int64_t columns,
+                        int64_t size, float* sums, int64_t stride, Ahead& ahead) {
+  constexpr int kLines = (kRows * Staging<T>::kStep * sizeof(T) + kLineBytes - 1) / kLineBytes;
+  for_each_column_group(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
+    Floats partial[kRows][width.value] = {};
+    accumulate<T, kRows, width.value, kLines>(partial, rows, x + column * x_stride, x_stride, size, ahead);
+    store_tile(partial, sums + column * stride, stride);
+  });
+}
+
+template <int kRows, int kColumns, class Function>
+OMNI_INLINE void for_each_sum(Floats (&partial)[kRows][kColumns], const Function& function) {
+  OMNI_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    OMNI_UNROLL
+    for (int c = 0; c < kColumns; ++c) function(partial[r][c], r * kColumns + c);
+  }
+}
+
+constexpr int64_t kInputsAtOnce = 512;  // elements of a row that stay in the first-level cache with kBlockRows rows
+constexpr int64_t kBlockRows = 8;
+constexpr int64_t kColumnsAtOnce = 96;   // staged columns that dot_matrix takes at most
+constexpr int64_t kColumnsToStage = 2 * kTileColumns + 1;  // from which on staging rows is repaid
+
+// sums[column * stride + row] of `count` rows that lie `row_stride` apart, for at most kColumnsAtOnce staged columns.
+// `following`: how many rows behind them will be read next; memory is asked for them.
+//
+// Where there are more columns than some tiles have, a block of rows and inputs that fits into the first-level cache is
+// staged too, so that it is widened once, and meets all columns before the next block does. The lanes of unfinished
+// sums are kept in between, so the order of addition is that of one pass.
+template <class T>
+inline void dot_matrix(const T* matrix, int64_t row_stride, int64_t count, const Staged<T>* x, int64_t x_stride,
+                       int64_t columns, int64_t size, float* sums, int64_t stride, int64_t following) {
+  const int64_t whole = count / kTileRows * kTileRows;
+  const auto address = [&](int64_t row) { return reinterpret_cast<const char*>(matrix + row * row_stride); };
+  Ahead ahead;
+  if (columns < kColumnsToStage) {
+    if (following > 0) ahead = {address(kTileRows), address(count + std::min<int64_t>(following, kTileRows))};
+    for (int64_t row = 0; row < whole; row += kTileRows) {
+      const T* from = matrix + row * row_stride;
+      const T* const rows[kTileRows] = {from, from + row_stride, from + 2 * row_stride, from + 3 * row_stride};
+      dot_columns<T, kTileRows>(rows, x, x_stride, columns, size, sums + row, stride, ahead);
+    }
+  } else {
+    if (following > 0) ahead = {address(count), address(count + std::min(following, kBlockRows))};
+    alignas(kVectorBytes) Staged<T> block[Staging<T>::kSame ? 1 : kBlockRows * kInputsAtOnce];
+    Floats unfinished[kColumnsAtOnce * kBlockRows];
+    for (int64_t first = 0; first < whole; first += kBlockRows) {
+      const int64_t last = std::min(first + kBlockRows, whole);
+      for (int64_t at = 0; at < size; at += kInputsAtOnce) {
+        const int64_t inputs = std::min(kInputsAtOnce, size - at);
+        const Staged<T>* staged = block;
+        int64_t staged_stride = kInputsAtOnce, staged_inputs = staged_size<T>(inputs);
+        if constexpr (Staging<T>::kSame) {
+          staged = matrix + first * row_stride + at;
+          staged_stride = row_stride, staged_inputs = inputs;
+        } else {
+          constexpr int64_t kLine = kLineBytes / sizeof(T);  // what comes next is asked for as fast as this is read
+          for (int64_t row = first; row < last; ++row) {
+            for (int64_t from = 0; from < inputs; from += kLine) {
+              ahead.ask<1>();
+              stage<T>(matrix + row * row_stride + at + from, std::min(kLine, inputs - from),
+                       block + (row - first) * kInputsAtOnce + from);
+            }
+          }
+        }
+        Floats* kept = unfinished;
+        const int64_t groups = (columns + kTileColumns - 1) / kTileColumns;
+        const int64_t lines = Staging<T>::kSame ? (last - first) * inputs * int64_t(sizeof(T)) / kLineBytes : 0;
+        for_each_column_group(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
+          for (int64_t line = 0; line < lines; line += groups) ahead.ask<1>();
+          for (int64_t row = first; row < last; row += kTileRows, kept += kTileRows * width.value) {
+            const Staged<T>* from = staged + (row - first) * staged_stride;
+            const Staged<T>* const rows[kTileRows] = {from, from + staged_stride, from + 2 * staged_stride,
+                                                      from + 3 * staged_stride};
+            Floats partial[kTileRows][width.value] = {};
+            if (at > 0) for_each_sum(partial, [&](Floats& sum, int index) OMNI_LAMBDA { sum = kept[index]; });
+            const Staged<T>* from_x = x + column * x_stride + at;
+            accumulate<Staged<T>, kTileRows, width.value, 0>(partial, rows, from_x, x_stride, staged_inputs, ahead);
+            if (at + inputs < size) {
+              for_each_sum(partial, [&](Floats& sum, int index) OMNI_LAMBDA { kept[index] = sum; });
+            } else {
+              store_tile(partial, sums + column * stride + row, stride);
+            }
+          }
+        });
+      }
+    }
+  }
+  for (int64_t row = whole; row < count; ++row) {
+    const T* const single[1] = {matrix + row * row_stride};
+    dot_columns<T, 1>(single, x, x_stride, columns, size, sums + row, stride, ahead);
   }
 }
 

@@ -6,16 +6,28 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #define OMNI_INLINE inline __attribute__((always_inline))
+#define OMNI_LAMBDA __attribute__((always_inline))
 #if defined(__clang__)
 #define OMNI_UNROLL _Pragma("unroll")
 #else
 #define OMNI_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// Keeps a vector in a register: compilers fold a load into each instruction that uses it, and then loads are what a
+// loop waits for.
+#if defined(__x86_64__)
+#define OMNI_IN_REGISTER(vector) __asm__("" : "+x"(vector))
+#elif defined(__aarch64__)
+#define OMNI_IN_REGISTER(vector) __asm__("" : "+w"(vector))
+#else
+#define OMNI_IN_REGISTER(vector) (void)(vector)
 #endif
 
 namespace omni {
@@ -130,6 +142,23 @@ OMNI_INLINE Float16 narrow<Float16>(float value) {
   }
   const uint32_t rounded = magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1);
   return {uint16_t(sign | (rounded >> 13))};
+}
+
+// Eight values at once, rounded as `narrow` does.
+template <class T>
+OMNI_INLINE void narrow_eight(const float* from, T* to) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    typedef uint32_t EightWords __attribute__((vector_size(32)));
+    typedef uint16_t EightHalves __attribute__((vector_size(16)));
+    const auto bits = load<EightWords>(from);
+    const auto is_nan = (EightWords)((bits & 0x7fffffffu) > 0x7f800000u);
+    const EightWords rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const EightWords chosen = (is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded);
+    const auto halves = __builtin_convertvector(chosen, EightHalves);
+    std::memcpy(to, &halves, sizeof(halves));
+  } else {
+    for (int index = 0; index < 8; ++index) to[index] = narrow<T>(from[index]);
+  }
 }
 
 OMNI_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }

@@ -1,0 +1,244 @@
+"""Compares omni-engine with other engines on this machine, in alternation: the table of docs/benchmarks.md.
+
+    python benchmarks/peers/compare.py FOLDER --vllm v-vllm/bin/python --openvino v-ov/bin/python \\
+        --llama-cpp llama.cpp/build/bin --models llama-160m --work W1 W2b1 W2b8 W2b32 W3 W4 --pairs 5
+
+FOLDER holds checkpoints (made where they are missing) and `samples.jsonl`, to which every sample is added: a comparison
+may be made in pieces, and `--pairs 0` prints the table of what is there. A peer whose environment is not given is
+reported as not run.
+
+All engines of a model stay loaded, each in a process of its own, stopped while another one is measured. A round takes
+one sample of each, in an order that is reversed from round to round; the ratios are those within a round. A sample
+during which other processes took more than 6 % of the processors is taken again, twice at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bounds import Rates
+from checkpoints import SHAPES, export_for_openvino, write_checkpoint
+from llama_cpp import LLAMA_CPP_WORK, sample_llama_cpp
+from report import OURS, markdown
+from workloads import WORKLOADS
+
+HERE = Path(__file__).parent
+MOST_FOREIGN, RETRIES = 0.06, 2
+KV_GIB = "2"
+_TICKS = os.sysconf("SC_CLK_TCK")
+_RATES_PROGRAM = """
+import json, torch
+from omni_engine.engine.machine_rates import measure_machine_rates
+torch.set_num_threads(2)
+rates = measure_machine_rates(torch.device("cpu"), "bfloat16")
+print(json.dumps({"bytes_per_second": rates.bytes_per_second, "flops_per_second": rates.flops_per_second}))
+"""
+
+
+@dataclass
+class Worker:
+    """A running engine, stopped whenever it is not asked for anything."""
+
+    name: str
+    version: str
+    process: subprocess.Popen[str]
+
+    @classmethod
+    def start(cls, name: str, python: str, engine: str, model: Path, environment: dict[str, str], extra: str) -> Worker:
+        """Load the engine; raises RuntimeError if it ends before it is ready. What it prints goes to `MODEL.NAME.log`
+        beside the checkpoint."""
+        command = [python, str(HERE / "worker.py"), "--engine", engine, "--model", str(model), "--extra", extra]
+        with (model.parent / f"{model.name}.{name}.log").open("w") as log:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", **environment},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        worker = cls(name, "", process)
+        ready = worker._answer()
+        worker.version = ready["version"]
+        print(f"{name} {worker.version}: loaded in {ready['load_seconds']:.1f} s", file=sys.stderr, flush=True)
+        process.send_signal(signal.SIGSTOP)
+        return worker
+
+    def sample(self, workload: str, seed: int) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write(json.dumps({"workload": workload, "seed": seed}) + "\n")
+        self.process.stdin.flush()
+        answer = self._answer()
+        self.process.send_signal(signal.SIGSTOP)
+        return answer
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}; see its log beside the model")
+        return json.loads(line)
+
+
+def busy_seconds() -> float:
+    """Processor time of the whole machine so far, without what was idle or waiting."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    return (sum(fields[:3]) + sum(fields[5:8])) / _TICKS
+
+
+def own_seconds(pid: int) -> float:
+    """Processor time of one process so far, with that of the children it has waited for."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return sum(int(field) for field in fields[11:15]) / _TICKS
+
+
+def guarded(take: Callable[[int], dict[str, Any]], pid: int) -> dict[str, Any]:
+    """A sample with `foreign`, the share of the processors that others took meanwhile; taken again if it is large."""
+    sample: dict[str, Any] = {}
+    for attempt in range(RETRIES + 1):
+        busy, own, begin = busy_seconds(), own_seconds(pid), time.monotonic()
+        sample = take(attempt)
+        passed = (time.monotonic() - begin) * (os.cpu_count() or 1)
+        taken = busy_seconds() - busy - (own_seconds(pid) - own)
+        sample["foreign"] = round(max(taken, 0.0) / passed, 3)
+        if sample["foreign"] <= MOST_FOREIGN:
+            break
+    return sample
+
+
+def start_workers(options: argparse.Namespace, model: Path) -> list[Worker]:
+    """Every engine whose environment is given, and which runs this model."""
+    vllm = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": KV_GIB, "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
+    wanted: list[tuple[str, str | None, str, dict[str, str]]] = [
+        (OURS, sys.executable, OURS, {}),
+        ("vllm", options.vllm, "vllm", vllm),
+        ("openvino", options.openvino, "openvino", {}),
+    ]
+    if "deepseek" in model.name:  # latent attention, or keys and values expanded in its cache
+        wanted.insert(2, ("vllm-expanded", options.vllm, "vllm", {**vllm, "VLLM_MLA_DISABLE": "1"}))
+    workers = []
+    for name, python, engine, environment in wanted:
+        if python is None or name in options.without:
+            continue
+        extra = options.extra if name == OURS else "{}"
+        try:
+            if engine == "openvino":
+                export_for_openvino(model, python)
+            workers.append(Worker.start(name, python, engine, model, environment, extra))
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            print(f"not run: {error}", file=sys.stderr, flush=True)
+    return workers
+
+
+def compare_model(
+    options: argparse.Namespace, model: Path, deadline: float, add: Callable[..., None], add_rates: Callable[[], None]
+) -> None:
+    """The machine's rates, then all rounds of all workloads of one model, as long as there is time."""
+    workers = start_workers(options, model)
+    if options.pause:
+        print(f"loaded; to go on: kill -CONT {os.getpid()}", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        deadline = time.monotonic() + options.minutes * 60
+    llama_cpp = shutil.which("llama-batched-bench", path=options.llama_cpp) if options.llama_cpp else None
+    try:
+        add_rates()
+        for workload in options.work:
+            for worker in workers:
+                worker.sample(workload, 0)  # shapes that an engine has not seen before may be slower
+            for number in range(options.pairs):
+                if time.monotonic() > deadline:
+                    return
+                round_id = f"{options.run}/{number}"
+                for worker in workers if number % 2 == 0 else workers[::-1]:
+                    seed = 1 + number * (RETRIES + 1) + options.seed * 1000
+
+                    sample = guarded(partial(_sample, worker, workload, seed), worker.process.pid)
+                    add(model.name, workload, worker.name, worker.version, round_id, sample)
+                if llama_cpp and workload in LLAMA_CPP_WORK:
+                    sample = guarded(partial(_sample_llama_cpp, llama_cpp, model, workload), os.getpid())
+                    add(model.name, workload, "llama.cpp", sample.pop("version"), round_id, sample)
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _sample(worker: Worker, workload: str, seed: int, attempt: int) -> dict[str, Any]:
+    return worker.sample(workload, seed + attempt)
+
+
+def _sample_llama_cpp(program: str, model: Path, workload: str, _: int) -> dict[str, Any]:
+    return sample_llama_cpp(program, model, workload)
+
+
+def measured_rates() -> Rates:
+    """Of two threads, by a process of its own, so that this one holds no torch."""
+    done = subprocess.run([sys.executable, "-c", _RATES_PROGRAM], check=True, capture_output=True, text=True)
+    return Rates(**json.loads(done.stdout))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compares omni-engine with other engines, pair by pair.")
+    parser.add_argument("folder", type=Path, help="checkpoints and samples.jsonl")
+    parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vllm-cpu")
+    parser.add_argument("--openvino", metavar="PYTHON", help="of one with openvino-genai and optimum-intel")
+    parser.add_argument("--llama-cpp", metavar="FOLDER", help="where llama-batched-bench is; reads MODEL.gguf")
+    parser.add_argument("--without", nargs="*", default=[], help="engines to leave out")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="MODEL")
+    parser.add_argument("--work", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="W")
+    parser.add_argument("--pairs", type=int, default=5, help="rounds per workload; 0: only print the table")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin no further round after so long")
+    parser.add_argument("--pause", action="store_true", help="stop when a model's engines are loaded, until SIGCONT")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--extra", default="{}", help="JSON: further arguments of omni-engine")
+    parser.add_argument("--run", default=time.strftime("%Y-%m-%dT%H:%M:%S"), help="name of this run in the samples")
+    parser.add_argument("--only-run", nargs="*", help="print the table of these runs only")
+    parser.add_argument("--bw", type=float, default=32.0, help="GB/s of the bound")
+    parser.add_argument("--gemm", type=float, default=437.0, help="GFLOP/s of the bound")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    samples = options.folder / "samples.jsonl"
+
+    def add(model: str, workload: str, engine: str, version: str, round_id: str, sample: dict[str, Any]) -> None:
+        record = {"model": model, "workload": workload, "engine": engine, "version": version, "round": round_id}
+        with samples.open("a") as file:
+            file.write(json.dumps({**record, **sample}) + "\n")
+        print(f"{model} {workload} {engine} {sample['value']:.2f} (others {sample['foreign']:.1%})", flush=True)
+
+    if options.pairs:
+        deadline = time.monotonic() + options.minutes * 60
+
+        def add_rates() -> None:
+            rates = {"rates": vars(measured_rates()), "round": f"{options.run}/0"}
+            with samples.open("a") as file:
+                file.write(json.dumps(rates) + "\n")
+
+        for name in options.models:
+            compare_model(options, write_checkpoint(options.folder, name), deadline, add, add_rates)
+    records = [json.loads(line) for line in samples.read_text().splitlines()] if samples.exists() else []
+    if options.only_run:
+        records = [record for record in records if record["round"].rsplit("/", 1)[0] in options.only_run]
+    configs = {name: json.loads((options.folder / name / "config.json").read_text()) for name in options.models}
+    print(f"\n{platform.platform()}, {os.cpu_count()} processors")
+    print(markdown(records, configs, options.work, Rates(options.bw * 1e9, options.gemm * 1e9)))
+
+
+if __name__ == "__main__":
+    main()
