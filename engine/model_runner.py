@@ -22,7 +22,7 @@ from .row_state import RowTable, commit_tokens, decode_context, table_width
 from .sampler import Sampled, Sampler, gather_logprobs
 from .speculation.backlog import Backlog
 from .speculation.buffers import Drafting
-from .speculation.drafting import StepTokens
+from .speculation.drafting import MTPDrafter, StepTokens
 from .speculation.verification import accept_equal, draft_window, verify, window_ids
 from .structured.store import GrammarStore
 
@@ -227,7 +227,7 @@ class ModelRunner:
         token_rows, distances = backlog.take(rows)
         if len(token_rows):
             drafting = self.drafting
-            assert drafting is not None
+            assert drafting is not None and isinstance(drafting.drafter, MTPDrafter), "others have no window"
             drafter, index, distances = drafting.drafter, self._to_device(token_rows), self._to_device(distances)
             caches = self.caches[len(self.caches) - drafter.num_caches :]
             drafter.catch_up(index, distances, self.table.state, caches, drafting.memory)

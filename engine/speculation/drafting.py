@@ -60,11 +60,6 @@ class Drafter(Protocol):
         step's tokens is kept all the same; with a `window`, those of requests that decode are only remembered."""
         ...
 
-    def catch_up(self, rows: Tensor, distances: Tensor, state: RowState, caches: Caches, memory: Memory) -> None:
-        """Take in remembered tokens: int64 [n] each, the row of a token, and how far it stands before the row's newest
-        one. Only where there is a `window`."""
-        ...
-
 
 class MTPDrafter(nn.Module):
     """Drafts with the checkpoint's own layer for multi-token prediction, applied again for each further token.
@@ -129,6 +124,8 @@ class MTPDrafter(nn.Module):
         return rows * self.window + positions % self.window
 
     def catch_up(self, rows: Tensor, distances: Tensor, state: RowState, caches: Caches, memory: Memory) -> None:
+        """Take in remembered tokens: int64 [n] each, the row of a token, and how far it stands before the row's newest
+        one."""
         hidden, next_ids = memory
         positions = state.position[rows] - distances
         places = self._places(rows, positions)
