@@ -27,7 +27,7 @@ class Anything(BaseModel):
     name: str = "nobody"
 
 
-class Boat(BaseModel):
+class Boat(BaseModel, extra="forbid"):  # else the demo would add fields for ever
     sail: Literal["red", "white"]
 
 

@@ -227,6 +227,7 @@ def test_a_grammar_that_kills_its_process_is_refused(checker):
         while not (found := [child for child in children(checker) if is_alive(child)]):
             assert time.monotonic() < deadline
             time.sleep(0.005)
+        time.sleep(0.2)  # until it has begun: what dies before is tried again
         os.kill(found[0], signal.SIGABRT)
 
     (error, _), (nothing, _) = in_threads(lambda: checker.check(slow(300)), kill_the_child)
