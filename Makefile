@@ -23,7 +23,7 @@ test: $(VENV)/.installed-dev  ## set up, run the commit tier
 test-npu: $(NPU_VENV)/.installed  ## set up, run the NPU's tests on a simulated device; needs gcc, no NPU and no CANN
 	OMNI_ENGINE_CPU_KERNELS=0 $(NPU_VENV)/bin/python -m pytest $(or $(PYTEST_ARGS),tests/npu)
 
-test-full: $(VENV)/.installed-dev  ## set up, run every test, the long ones too
+test-full: $(VENV)/.installed-full  ## set up, run every test, the long ones too
 	$(BIN)/python -m pytest -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
@@ -58,6 +58,10 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py
 $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $(VENV)/.installed $@
+
+$(VENV)/.installed-full: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --editable ".[full]"
+	touch $@
 
 $(NPU_VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(NPU_VENV)
