@@ -208,6 +208,7 @@ def test_latency_tells_what_the_drafts_of_the_measured_batches_came_to(demo_benc
     assert out.splitlines()[7] == "Speculative Decoding".center(50, "-")
 
 
+@pytest.mark.full
 def test_startup_takes_a_drafter(demo_bench):
     words = ("--num-iters-cold", "1", "--num-iters-warmup", "0", "--num-iters-warm", "1", "--max-model-len", "64")
     assert demo_bench("startup", *words)[1]["warm_startup_times"][0] > 0.3

@@ -448,7 +448,7 @@ def test_the_small_shape_is_what_it_says():
     assert config.mla is not None and config.num_mtp_layers == 1
     made = SimpleNamespace(
         model=config, dtype="bfloat16",
-        speculation=SimpleNamespace(choice=SimpleNamespace(method="mtp")),
+        speculation=SimpleNamespace(choice=SimpleNamespace(method="mtp", remembers=True)),
     )  # fmt: skip
     sizes = [tensor.numel() for tensor in build_models(made, torch.device("meta")).tensors()]
     assert 150e6 < sum(sizes) < 175e6
