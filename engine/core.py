@@ -111,7 +111,7 @@ class EngineCore:
             self._in_flight.append((plan, self._launch(plan)))
         if self._in_flight:
             updates = updates + self._read()
-            if self._thread is not None and not self._in_flight:
+            if self._thread is not None and not self.scheduler.has_unfinished:
                 self._thread.submit(release_team)  # whoever computes in this process now has the spinning to itself
         return updates
 

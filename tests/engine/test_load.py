@@ -124,7 +124,9 @@ def test_a_core_tells_of_its_steps_while_it_is_watched_and_only_then(path):
                 assert sample.num_generation_tokens == 30 and sample.num_prompt_tokens == 63
                 assert len(sample.first_token_seconds) == 3 and min(sample.first_token_seconds) > 0
                 assert sample.token_seconds and sample.step_seconds > 0
-                assert sample.steps_by_gear[8] >= 8  # three that decode: the gear of 8
+                assert (
+                    sample.steps_by_gear[8] >= 5
+                )  # three that decode: the gear of 8; where a prompt comes in there is none
                 assert sum(sample.steps_by_gear.values()) == sample.num_steps >= 10
                 assert sample.largest_batch == 3
                 assert sample.num_blocks_cached > 0 and sample.num_blocks_pinned == 0
