@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -40,11 +39,11 @@ from .pooling.outputs import PoolingOutput, PoolingRequestOutput
 from .pooling.scoring import ScoringPlan, plan_scores
 from .pooling.state import PoolingState
 from .stats_log import StatsLog
+from .structured.threads import GrammarThreads
 from .tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
 # Longer texts are tokenized in a thread, so that they do not hold up the event loop.
-GRAMMAR_THREADS = 16  # in which grammars are tried out or wait for it; who finds none is late by then, and told so
 INLINE_ENCODE_CHARACTERS = 4096
 SHUTDOWN_MESSAGE = "the server is shutting down; send the request again later"
 
@@ -95,7 +94,7 @@ class AsyncEngine:
         self._streams: dict[str, asyncio.Queue[Any]] = {}
         self._closing = False
         self._request_ids = itertools.count()
-        self._grammar_threads: ThreadPoolExecutor | None = None  # no other work may wait behind a grammar
+        self._grammars = GrammarThreads()
         self._question_numbers = itertools.count()
         self._answers: dict[int, asyncio.Future[bool]] = {}  # questions to the core that wait, by number
 
@@ -317,15 +316,10 @@ class AsyncEngine:
         return self._loaded_inputs.process(request_id, prompt, params, priority=priority, grammar=grammar)
 
     async def _check_grammar(self, params: SamplingParams) -> str | None:
-        """As `Front.check_grammar`, while others go on."""
-        front = self._loaded_front
         if params.structured_outputs is None:
             return None
-        if front.grammars is not None and (known := front.grammars.known(params.structured_outputs)) is not None:
-            return known
-        check = self._grammar_executor().submit(front.check_grammar, params, time.monotonic())
         try:
-            return await asyncio.wrap_future(check)
+            return await self._grammars.check(self._loaded_front.grammar_checker, params.structured_outputs)
         except RequestRejectedError:
             if self._metrics is not None:
                 self._metrics.rejected_by_grammars()
@@ -333,21 +327,8 @@ class AsyncEngine:
 
     def warm_up_grammars(self) -> None:
         """Start the process for grammars, which would start with the first constraint. Returns at once."""
-        grammars = self._loaded_front.grammars
-        if grammars is not None:
-
-            def start() -> None:
-                try:
-                    grammars.start()
-                except (RuntimeError, OSError) as error:  # who needs it will be told
-                    logger.debug("%s", error)
-
-            self._grammar_executor().submit(start)
-
-    def _grammar_executor(self) -> ThreadPoolExecutor:
-        if self._grammar_threads is None:
-            self._grammar_threads = ThreadPoolExecutor(max_workers=GRAMMAR_THREADS, thread_name_prefix="grammar")
-        return self._grammar_threads
+        if self._loaded_front.grammars is not None:
+            self._grammars.warm_up(self._loaded_front.grammars)
 
     def _submit(self, state: AnyState) -> asyncio.Queue[Any]:
         assert self._client is not None
@@ -482,8 +463,7 @@ class AsyncEngine:
         if self._client is not None:
             await self._client.close()
         self._die(EngineShutdownError(SHUTDOWN_MESSAGE))
-        if self._grammar_threads is not None:
-            self._grammar_threads.shutdown(wait=False, cancel_futures=True)
+        self._grammars.close()
         if self._front is not None:
             await asyncio.to_thread(self._front.close)
         for task in self._tasks:

@@ -78,16 +78,21 @@ class Front:
         """What a request without parameters gets: the model's generation_config.json over the plain defaults."""
         return SamplingParams.from_optional(**self.config.sampling_defaults)
 
-    def check_grammar(self, params: SamplingParams, since: float | None = None) -> str | None:
+    def check_grammar(self, params: SamplingParams) -> str | None:
         """The grammar of a request's constraint, None if it has none; waits and raises as `GrammarChecker.check`."""
         if params.structured_outputs is None:
             return None
+        return self.grammar_checker.check(params.structured_outputs)
+
+    @property
+    def grammar_checker(self) -> GrammarChecker:
+        """Raises `ValidationError` where there is no tokenizer."""
         if self.grammars is None:
             raise ValidationError(
                 "structured_outputs needs a tokenizer, but this engine was started without one",
                 parameter="structured_outputs",
             )
-        return self.grammars.check(params.structured_outputs, since)
+        return self.grammars
 
     def close(self) -> None:
         """End what works in the background."""

@@ -64,15 +64,7 @@ def load_core_parts(
     max_num_seqs = config.max_num_seqs(device.type)
     weight_bytes = sum(tensor.nbytes for tensor in build_models(config, torch.device("meta")).tensors())
     workspace = workspace_bytes(config, max_num_seqs)
-    check_model_fit(
-        spec,
-        config.block_size,
-        config.block_size if config.max_model_len is None else config.max_model_len,
-        weight_bytes=weight_bytes,
-        available_bytes=available_bytes(device, config.args.gpu_memory_utilization),
-        workspace_bytes=workspace,
-        device=str(device),
-    )
+    check_fit(config, spec, device, weight_bytes, workspace)
     timer.done("configuration")
     start = time.monotonic()
     models = load_models(config, device)
@@ -162,6 +154,19 @@ def workspace_bytes(config: EngineConfig, max_num_seqs: int) -> int:
     logits = 3 * 4 * tokens * model.vocab_size
     width = max(model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim)
     return logits + 4 * 4 * config.max_num_batched_tokens * width
+
+
+def check_fit(config: EngineConfig, spec: KVCacheSpec, device: torch.device, weight_bytes: int, workspace: int) -> None:
+    """ValueError, with the arithmetic, where a sequence does not fit beside weights and workspace (bytes)."""
+    check_model_fit(
+        spec,
+        config.block_size,
+        config.block_size if config.max_model_len is None else config.max_model_len,
+        weight_bytes=weight_bytes,
+        available_bytes=available_bytes(device, config.args.gpu_memory_utilization),
+        workspace_bytes=workspace,
+        device=str(device),
+    )
 
 
 def available_bytes(device: torch.device, utilization: float) -> int:

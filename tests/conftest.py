@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -359,3 +362,59 @@ def config_only(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("config-only")
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
+
+
+@contextmanager
+def running_servers(args: Any, settings: dict[str, Any]) -> Iterator[Callable[..., Any]]:
+    """Servers of one engine in a thread of their own, on loopback: those of `settings` (by name), for `args`.
+
+    Gives `serve(name, scenario, timeout)`, which waits for what the coroutine `scenario(session, engine)` returns.
+    """
+    from aiohttp import ClientSession, web
+    from prometheus_client import CollectorRegistry
+
+    from omni_engine import AsyncEngine
+    from omni_engine.server.app import build_app
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def wait(coroutine: Any, timeout: float = 240) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(timeout)
+
+    async def start() -> tuple[AsyncEngine, dict[str, web.AppRunner]]:
+        engine = AsyncEngine(args)
+        await engine.wait_ready()
+        engine.warm_up_grammars()
+        runners = {}
+        for name, chosen in settings.items():
+            engine.metrics_registry = CollectorRegistry()  # each server's own metrics go by the same names
+            app = build_app(engine, chosen)
+            runners[name] = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
+            await runners[name].setup()
+            await web.TCPSite(runners[name], "127.0.0.1", 0).start()
+        return engine, runners
+
+    engine, runners = wait(start())
+
+    async def serve(name: str, scenario: Callable[..., Any], timeout: float) -> Any:
+        async with ClientSession(f"http://127.0.0.1:{runners[name].addresses[0][1]}") as session:
+            return await asyncio.wait_for(scenario(session, engine), timeout)
+
+    async def stop() -> None:
+        for runner in runners.values():
+            await runner.cleanup()
+        await engine.shutdown()
+
+    yield lambda name, scenario, timeout=200: wait(serve(name, scenario, timeout), timeout + 40)
+    wait(stop())
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@pytest.fixture(scope="session")
+def servers() -> Callable[..., Any]:
+    """`running_servers`."""
+    return running_servers

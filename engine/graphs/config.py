@@ -12,9 +12,7 @@ BACKEND_VARIABLE = "OMNI_ENGINE_GRAPH_BACKEND"  # the backend that auto stands f
 GRAPH_BACKENDS = ("auto", "eager", "inductor", "cudagraph", "torchair", "npugraph_ex")
 NPU_BACKENDS = ("torchair", "npugraph_ex")
 # Six sizes, so that a first start compiles for minutes and not for an hour; a step of 3 costs about what one of 4 does.
-CPU_GEARS = (1, 4, 8, 16, 32, 64)
-NPU_GEARS = (1, 4, 8, 16, 32, 64)  # as many, as the graph engine compiles for minutes too
-MAX_COMPILED_GEARS = 6
+COMPILED_GEARS = (1, 4, 8, 16, 32, 64)
 GPU_GEARS = (1, 2, 4, *range(8, 257, 8))
 MAX_GEAR = 4096
 _KEYS = ("mode", "level", "cudagraph_mode", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "cache_dir")
@@ -120,12 +118,10 @@ def resolve_graphs(choice: GraphChoice, device_type: str, max_num_seqs: int) -> 
                 f"{too_large[0]}"
             )
         return GraphConfig(backend, tuple(gear for gear in choice.gears if gear <= largest), choice.required)
-    defaults = {"cuda": GPU_GEARS, "npu": NPU_GEARS}.get(device_type, CPU_GEARS)
+    defaults = GPU_GEARS if device_type == "cuda" else COMPILED_GEARS
     gears = [gear for gear in defaults if gear <= largest]
     if largest < defaults[-1] and largest not in gears:
         gears.append(largest)  # a batch that is as large as it gets has its graph
-    if device_type != "cuda" and len(gears) > MAX_COMPILED_GEARS:
-        gears = [*gears[: MAX_COMPILED_GEARS - 1], gears[-1]]
     return GraphConfig(backend, tuple(gears), choice.required)
 
 

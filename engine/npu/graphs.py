@@ -7,7 +7,10 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from ...ops.cache_folder import private_folder
 from ..graphs.key import CacheKey
-from ..graphs.runner import CaptureReport, GraphInputs, GraphKey, GraphRunner, Program
+from ..graphs.runner import CaptureReport, GraphInputs, GraphKey, GraphRunner, GraphsFromTheStart, Program
 from ..graphs.supply import GraphError
 
 logger = logging.getLogger(__name__)
@@ -37,9 +40,9 @@ def gear_function(program: Program, key: GraphKey) -> MethodType:
     return MethodType(FunctionType(code, forward.__globals__, name, forward.__defaults__, forward.__closure__), program)
 
 
-class NpuGraphs:
-    """What both have in common: every graph is made at the start, and the steps of one that cannot be made run eager,
-    or with `required` nothing starts."""
+class NpuGraphs(GraphsFromTheStart, ABC):
+    """What both have in common: the steps of a graph that cannot be made run eager, or with `required` nothing
+    starts."""
 
     name: str
 
@@ -64,18 +67,12 @@ class NpuGraphs:
             seconds = time.perf_counter() - start
             runner.install(graph, CaptureReport(key, seconds, from_cache, 0.0 if from_cache else seconds))
 
+    @abstractmethod
     def make(self, runner: GraphRunner, key: GraphKey) -> tuple[Callable[[], Tensor], bool]:
         """The graph of a gear, which has run once, and whether it was found compiled."""
-        raise NotImplementedError
 
     def demand(self, key: GraphKey) -> None:
         pass  # it has been tried
-
-    def wait(self, timeout: float | None = None) -> bool:
-        return True
-
-    def close(self) -> None:
-        pass
 
 
 class TorchairGraphs(NpuGraphs):
@@ -191,9 +188,30 @@ class NpugraphExGraphs(NpuGraphs):
         call = _with_lengths(run, inputs, key)
         runner.lengths = [key.tokens_per_request] * key.num_requests
         sources = ",".join(_sources(key))
-        with torch.compiler.config.patch(dynamic_sources=sources):  # pyright: ignore[reportAttributeAccessIssue]
+        with (
+            torch.compiler.config.patch(dynamic_sources=sources),  # pyright: ignore[reportAttributeAccessIssue]
+            _results_may_be_given(),
+        ):
             call(runner.lengths)
         return lambda: call(runner.lengths), False
+
+
+@contextmanager
+def _results_may_be_given() -> Iterator[None]:
+    """Without torch's complaint, at the first call of a graph, of operators that return one of their arguments.
+
+    torch-npu's passes call operators by their form that writes to a given result and returns it. torch takes that for
+    an alias which the operator's schema hides: it warns, and with the variable CI set it refuses.
+    """
+    from torch._functorch import config
+
+    known = hasattr(config, "error_on_custom_op_aliasing")  # not in every version of torch
+    with (
+        config.patch(error_on_custom_op_aliasing=False) if known else nullcontext(),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message=".*The output of this custom operator", category=UserWarning)
+        yield
 
 
 def _sources(key: GraphKey) -> list[str]:

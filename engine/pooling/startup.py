@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ...kvcache.budget import KVCacheBudget, check_model_fit, format_bytes
+from ...kvcache.budget import KVCacheBudget, format_bytes
 from ...kvcache.manager import KVCacheManager
 from ...kvcache.tensors import TORCH_DTYPES, allocate_kv_tensors
 from ...models.checkpoint import Checkpoint, read_tensor_headers
@@ -23,7 +23,15 @@ from ...scheduler.scheduler import Scheduler
 from ..config import EngineConfig
 from ..graphs.startup import bind_kernels
 from ..phases import PhaseTimer
-from ..startup import CoreParts, available_bytes, resolve_device, scheduler_config, size_cache, workspace_bytes
+from ..startup import (
+    CoreParts,
+    available_bytes,
+    check_fit,
+    resolve_device,
+    scheduler_config,
+    size_cache,
+    workspace_bytes,
+)
 from .runner import PoolingRunner
 
 logger = logging.getLogger(__name__)
@@ -43,15 +51,7 @@ def load_pooling_parts(config: EngineConfig, timer: PhaseTimer) -> CoreParts:
     if caches_nothing:
         _check_encoder_fits(weight_bytes + workspace, device, config.args.gpu_memory_utilization)
     else:
-        check_model_fit(
-            spec,
-            config.block_size,
-            config.block_size if config.max_model_len is None else config.max_model_len,
-            weight_bytes=weight_bytes,
-            available_bytes=available_bytes(device, config.args.gpu_memory_utilization),
-            workspace_bytes=workspace,
-            device=str(device),
-        )
+        check_fit(config, spec, device, weight_bytes, workspace)
     timer.done("configuration")
     start = time.monotonic()
     model = build_pooling_model(config, device)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import threading
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
-from aiohttp import ClientSession, web
-from prometheus_client import CollectorRegistry
+from aiohttp import ClientSession
 
 import omni_engine
-from omni_engine import AsyncEngine, EngineArgs
-from omni_engine.server.app import build_app
+from omni_engine import EngineArgs
 from omni_engine.server.settings import ServerSettings
 
 ROOT = Path(omni_engine.__file__).parent
@@ -73,49 +70,21 @@ class Client:
 
 
 @pytest.fixture(scope="module")
-def run():
+def run(servers):
     """`run(scenario, name)`: a scenario over a `Client` of the server "plain" or "tools"; both have one engine."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-
-    def wait(coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(240)
-
-    async def start():
-        args = EngineArgs(model=str(DEMO), dtype="float32", max_model_len=512, max_num_seqs=16, enforce_eager=True)
-        engine = AsyncEngine(args)
-        await engine.wait_ready()
-        runners = {}
-        parsers = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", "reasoning_parser": "deepseek_r1",
-                   "trust_request_chat_template": True}  # fmt: skip
-        for name, options in (
-            ("plain", {"enable_prompt_tokens_details": True, "trust_request_chat_template": True}),
-            ("tools", parsers),
-        ):
-            engine.metrics_registry = CollectorRegistry()  # each server's own metrics go by the same names
-            runners[name] = web.AppRunner(build_app(engine, ServerSettings(model="demo", **options)),
-                                          handler_cancellation=True, shutdown_timeout=1)  # fmt: skip
-            await runners[name].setup()
-            await web.TCPSite(runners[name], "127.0.0.1", 0).start()
-        return engine, runners
-
-    engine, runners = wait(start())
-
-    async def serve(scenario, name):
-        async with ClientSession(f"http://127.0.0.1:{runners[name].addresses[0][1]}") as session:
-            await asyncio.wait_for(scenario(Client(session)), 200)
-
-    async def stop():
-        for runner in runners.values():
-            await runner.cleanup()
-        await engine.shutdown()
-
-    yield lambda scenario, name="plain": wait(serve(scenario, name))
-    wait(stop())
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+    args = EngineArgs(model=str(DEMO), dtype="float32", max_model_len=512, max_num_seqs=16, enforce_eager=True)
+    settings = {
+        "plain": ServerSettings(model="demo", enable_prompt_tokens_details=True, trust_request_chat_template=True),
+        "tools": ServerSettings(
+            model="demo",
+            enable_auto_tool_choice=True,
+            tool_call_parser="hermes",
+            reasoning_parser="deepseek_r1",
+            trust_request_chat_template=True,
+        ),
+    }
+    with servers(args, settings) as serve:
+        yield lambda scenario, name="plain": serve(name, lambda session, _: scenario(Client(session)))
 
 
 def test_logprobs_of_a_chat_are_as_many_as_asked_for(run):

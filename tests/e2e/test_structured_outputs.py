@@ -7,18 +7,14 @@ import json
 import os
 import re
 import signal
-import threading
 import time
 from pathlib import Path
 
 import jsonschema
 import pytest
-from aiohttp import ClientSession, web
-from prometheus_client import CollectorRegistry
 
 import omni_engine
-from omni_engine import AsyncEngine, EngineArgs
-from omni_engine.server.app import build_app
+from omni_engine import EngineArgs
 from omni_engine.server.settings import ServerSettings
 
 DEMO = Path(omni_engine.__file__).parent / "models" / "demo" / "deepseek"
@@ -36,45 +32,15 @@ TOOLS = [
 
 
 @pytest.fixture(scope="module")
-def run():
+def run(servers):
     """`run(scenario, name)`: a coroutine over a client of the server "plain" or "thinking"; they have one engine."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-
-    def wait(coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(180)
-
-    async def start():
-        args = EngineArgs(model=str(DEMO), dtype="float32", max_model_len=256, max_num_seqs=8, enforce_eager=True)
-        engine = AsyncEngine(args)
-        await engine.wait_ready()
-        engine.warm_up_grammars()
-        runners = {}
-        for name, parser in (("plain", None), ("thinking", "deepseek_r1")):
-            engine.metrics_registry = CollectorRegistry()  # each server's own metrics go by the same names
-            app = build_app(engine, ServerSettings(model="demo", reasoning_parser=parser))
-            runners[name] = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
-            await runners[name].setup()
-            await web.TCPSite(runners[name], "127.0.0.1", 0).start()
-        return engine, runners
-
-    engine, runners = wait(start())
-
-    async def serve(scenario, name):
-        async with ClientSession(f"http://127.0.0.1:{runners[name].addresses[0][1]}") as session:
-            await asyncio.wait_for(scenario(session, engine), 120)
-
-    async def stop():
-        for runner in runners.values():
-            await runner.cleanup()
-        await engine.shutdown()
-
-    yield lambda scenario, name="plain": wait(serve(scenario, name))
-    wait(stop())
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+    args = EngineArgs(model=str(DEMO), dtype="float32", max_model_len=256, max_num_seqs=8, enforce_eager=True)
+    settings = {
+        "plain": ServerSettings(model="demo"),
+        "thinking": ServerSettings(model="demo", reasoning_parser="deepseek_r1"),
+    }
+    with servers(args, settings) as serve:
+        yield lambda scenario, name="plain": serve(name, scenario, 120)
 
 
 async def post(session, path, **body):

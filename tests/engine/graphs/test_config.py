@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from omni_engine.engine.config import EngineArgs
-from omni_engine.engine.graphs.config import CPU_GEARS, GraphConfig, choose_graphs, resolve_graphs
+from omni_engine.engine.graphs.config import COMPILED_GEARS, GraphConfig, choose_graphs, resolve_graphs
 
 
 def resolve(device="cpu", max_num_seqs=128, **args):
@@ -14,11 +14,13 @@ def resolve(device="cpu", max_num_seqs=128, **args):
 
 def test_the_default_on_a_cpu_is_six_gears(monkeypatch):
     monkeypatch.delenv("OMNI_ENGINE_GRAPH_BACKEND")
-    assert resolve() == GraphConfig("inductor", CPU_GEARS)
+    assert resolve() == GraphConfig("inductor", COMPILED_GEARS)
     assert resolve("cuda", 512).backend == "cudagraph"
 
 
-@pytest.mark.parametrize(("rows", "gears"), [(1, (1,)), (6, (1, 4, 6)), (64, CPU_GEARS), (33, (1, 4, 8, 16, 32, 33))])
+@pytest.mark.parametrize(
+    ("rows", "gears"), [(1, (1,)), (6, (1, 4, 6)), (64, COMPILED_GEARS), (33, (1, 4, 8, 16, 32, 33))]
+)
 def test_a_full_batch_has_a_gear_of_its_own(rows, gears):
     assert resolve(max_num_seqs=rows).gears == gears
 
