@@ -106,6 +106,7 @@ class ModelRunner:
         logprobs_mode: str = "raw_logprobs",
         drafting: Drafting | None = None,
         grammars: GrammarStore | None = None,
+        caches_prefixes: bool = True,
     ) -> None:
         self.model = model
         self.caches = caches
@@ -124,6 +125,7 @@ class ModelRunner:
         self.graphs = GraphRunner(model, self.table.state, caches, self.drafting)
         window = 0 if drafting is None else drafting.drafter.window
         self._backlog = Backlog(max_num_seqs, window) if window else None
+        self._caches_prefixes = caches_prefixes
         self._unread: deque[DispatchedStep] = deque()
 
     def execute(self, plan: StepPlan) -> StepOutput:
@@ -134,7 +136,11 @@ class ModelRunner:
     def dispatch(self, plan: StepPlan) -> DispatchedStep:
         """Take in the plan's changes, forward, sample, and leave the tokens where the next step finds them."""
         if self._backlog is not None and plan.released_rows:  # before anybody else computes in their blocks
-            self._catch_up(np.asarray(plan.released_rows, np.int64), self._backlog)
+            released = np.asarray(plan.released_rows, np.int64)
+            if self._caches_prefixes:
+                self._catch_up(released, self._backlog)
+            else:
+                self._backlog.drop(released)
         self._apply(plan)
         rows = np.asarray(plan.rows, np.int64)
         if self._backlog is not None and plan.num_decode:

@@ -89,6 +89,7 @@ def load_core_parts(
         logprobs_mode=config.args.logprobs_mode,
         drafting=make_drafting(config, models.drafter, max_num_seqs, budget.max_model_len, device, acceptance_rates),
         grammars=grammars,
+        caches_prefixes=config.args.enable_prefix_caching,
     )
     timer.done("KV cache", budget.kv_bytes)
     shape = GraphShape(budget.num_blocks, max_num_seqs, budget.max_model_len)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -129,11 +131,13 @@ def paged_prefill_attention(
     context_lens: tuple[int, ...],
     scale: float,
     window: int | None = None,
+    attention: Callable[..., Tensor] = causal_attention,
 ) -> Tensor:
     """Attention of a chunk of tokens per request over its cached context, whose last tokens the chunk is.
 
     query [sum(query_lens), heads, dim], requests one after another; caches as in `paged_decode_attention`; block_table
-    int32 [requests, max_blocks]; lengths on the host -> [sum(query_lens), heads, value_dim]. Mutates nothing.
+    int32 [requests, max_blocks]; lengths on the host; `attention`: a body of `causal_attention` -> [sum(query_lens),
+    heads, value_dim]. Mutates nothing.
     """
     block_size = key_cache.shape[1]
     outputs = []
@@ -141,7 +145,7 @@ def paged_prefill_attention(
         blocks = block_table[row : row + 1, : -(-context_len // block_size)]
         keys = gather_blocks(key_cache, blocks)[0, :context_len]
         values = gather_blocks(value_cache, blocks)[0, :context_len]
-        outputs.append(causal_attention(chunk, keys, values, scale, window))
+        outputs.append(attention(chunk, keys, values, scale, window))
     return torch.cat(outputs)
 
 

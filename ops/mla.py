@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -72,6 +74,7 @@ def mla_prefill_attention(
     context_lens: tuple[int, ...],
     scale: float,
     selected: tuple[Tensor | None, ...] | None = None,
+    attention: Callable[..., Tensor] = causal_attention,
 ) -> Tensor:
     """Expanded attention of a chunk of tokens per request: every head's keys and values are rebuilt from the latents.
 
@@ -79,7 +82,7 @@ def mla_prefill_attention(
     up_projection [heads, nope_dim + value_dim, rank]: per head the key's rows, then the value's; caches as in
     `write_latent_cache`; block_table int32 [requests, max_blocks]; lengths on the host -> [tokens, heads, value_dim].
     `selected`, of sparse attention (`ops.dsa`): per request bool [query_len, context_len], which tokens each token
-    sees, or None for all before it and itself. Mutates nothing.
+    sees, or None for all before it and itself. `attention`: a body of `causal_attention`. Mutates nothing.
     """
     heads, rows, rank = up_projection.shape
     nope_dim = query_nope.shape[-1]
@@ -93,5 +96,5 @@ def mla_prefill_attention(
         expanded = functional.linear(latents, up_projection.reshape(heads * rows, rank)).view(context_len, heads, rows)
         keys = torch.cat((expanded[..., :nope_dim], rope_keys.expand(-1, heads, -1)), dim=-1)
         mask = None if selected is None else selected[row]
-        outputs.append(causal_attention(chunk, keys, expanded[..., nope_dim:], scale, selected=mask))
+        outputs.append(attention(chunk, keys, expanded[..., nope_dim:], scale, selected=mask))
     return torch.cat(outputs)

@@ -27,6 +27,7 @@ class OpTable:
     rotate: Callable[..., Tensor]
     write_kv_cache: Callable[..., None]
     paged_decode_attention: Callable[..., Tensor]
+    causal_attention: Callable[..., Tensor]
     write_latent_cache: Callable[..., None]
     mla_decode_attention: Callable[..., Tensor]
     write_index_keys: Callable[..., None]
@@ -49,6 +50,7 @@ PLAIN = OpTable(
     rotate=rope.rotate,
     write_kv_cache=attention.write_kv_cache,
     paged_decode_attention=attention.paged_decode_attention,
+    causal_attention=attention.causal_attention,
     write_latent_cache=mla.write_latent_cache,
     mla_decode_attention=mla.mla_decode_attention,
     write_index_keys=dsa.write_index_keys,
@@ -87,6 +89,7 @@ def cpu_table() -> OpTable:
         linear=kernels.linear,
         head_linear=kernels.head_linear,
         paged_decode_attention=kernels.paged_decode_attention,
+        causal_attention=kernels.causal_attention,
         mla_decode_attention=kernels.mla_decode_attention,
         sparse_mla_decode_attention=partial(dsa.sparse_mla_decode_attention, attention=kernels.mla_decode_attention),
         routed_experts=kernels.routed_experts,
@@ -109,6 +112,7 @@ def npu_table(with_hints: bool = True) -> OpTable:
         rotate=rope.rotate,
         write_kv_cache=cache.write_kv_cache,
         paged_decode_attention=attention.paged_decode_attention,
+        causal_attention=PLAIN.causal_attention,
         write_latent_cache=cache.write_latent_cache,
         mla_decode_attention=attention.mla_decode_attention,
         write_index_keys=cache.write_index_keys,

@@ -9,7 +9,7 @@ class Backlog:
     """Counts, row by row, the newest tokens that a drafter with a `window` has only remembered.
 
     They are taken in many at a time, which costs a fraction of taking in each in its own step: when the window is full,
-    before a step that has drafts, and when the row is given up, as its blocks may stay in the cache as a prefix.
+    before a step that has drafts, and when the row is given up, if its blocks may stay in the cache as a prefix.
     """
 
     def __init__(self, num_rows: int, window: int) -> None:
@@ -26,6 +26,10 @@ class Backlog:
     def add(self, rows: np.ndarray) -> None:
         """`rows` have decoded without drafts: one more token of each."""
         self._counts[rows] += 1
+
+    def drop(self, rows: np.ndarray) -> None:
+        """Nobody will read the entries of these rows."""
+        self._counts[rows] = 0
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of `rows` that are to be taken in, which are none afterwards: int64 [tokens], the row of each, and

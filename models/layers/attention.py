@@ -82,6 +82,7 @@ class Attention(nn.Module):
                 context.prefill_context_lens,
                 self.scale,
                 self.window,
+                self.ops.table.causal_attention,
             )
             outputs.append(prefilled)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

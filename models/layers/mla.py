@@ -169,6 +169,7 @@ class MLAAttention(nn.Module):
                 context.prefill_context_lens,
                 self.scale,
                 None if selection is None else selection.masks,
+                self.ops.table.causal_attention,
             )
             outputs.append(expanded)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import moe
+from .. import attention, moe
 from ..attention import per_token
 from . import build
 
@@ -72,6 +72,21 @@ def paged_decode_attention(
     return _ops.paged_decode_attention(
         query, key_cache, value_cache, block_table, context_lens, scale, -1 if window is None else window
     )
+
+
+def causal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None = None,
+    selected: Tensor | None = None,
+) -> Tensor:
+    """As `ops.attention.causal_attention`. Sparse selections go to the library, and bfloat16 where it has
+    instructions for it."""
+    if selected is not None or (_FORM == "avx512_bf16" and query.dtype == torch.bfloat16):
+        return attention.causal_attention(query, key, value, scale, window, selected)
+    return _ops.causal_attention(query, key, value, scale, -1 if window is None else window)
 
 
 def mla_decode_attention(

@@ -242,6 +242,61 @@ def test_mla_attention_over_pages_of_one_token_reads_only_those_of_the_context(
     assert_close(result[seen], expected[seen], dtype)
 
 
+@DTYPES
+@pytest.mark.parametrize("window", [None, 1, 40, 150])
+@pytest.mark.parametrize(
+    ("queries", "context", "heads", "kv_heads", "dim", "value_dim"),
+    [
+        (1, 1, 1, 1, 5, 3),
+        (100, 163, 4, 2, 64, 64),
+        (33, 300, 8, 1, 192, 128),
+        (130, 130, 7, 7, 40, 24),
+        (5, 64, 100, 1, 20, 8),
+    ],
+)
+def test_causal_attention_equals_the_plain_body(
+    own: OpTable, dtype: torch.dtype, window: int | None, queries: int, context: int,
+    heads: int, kv_heads: int, dim: int, value_dim: int,
+) -> None:  # fmt: skip
+    query = randn(dtype, queries, heads, dim)
+    key, value = randn(dtype, context, kv_heads, dim), randn(dtype, context, kv_heads, value_dim)
+    result = own.causal_attention(query, key, value, dim**-0.5, window)
+    assert_close(result, PLAIN.causal_attention(*widened(query, key, value), dim**-0.5, window), dtype)
+    if dtype == torch.float32 and window is None and context > 1:  # control: a small error is seen
+        with pytest.raises(AssertionError):
+            assert_close(own.causal_attention(query, key, value, 1.001 * dim**-0.5), result, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("window", [None, 70])
+def test_a_token_of_causal_attention_depends_on_nothing_behind_it(
+    own: OpTable, dtype: torch.dtype, window: int | None
+) -> None:
+    """Nor on where a prompt is cut into chunks, nor on the number of threads."""
+    query, key, value = randn(dtype, 300, 6, 24), randn(dtype, 300, 2, 24), randn(dtype, 300, 2, 20)
+    whole = own.causal_attention(query, key, value, 0.2, window)
+    for first, last in ((0, 1), (0, 77), (77, 201), (201, 202), (202, 300)):
+        part = own.causal_attention(query[first:last], key[:last], value[:last], 0.2, window)
+        assert torch.equal(part, whole[first:last])
+    for count in (2, 5):
+        with threads(count):
+            assert torch.equal(own.causal_attention(query, key, value, 0.2, window), whole)
+
+
+def test_causal_attention_takes_views_and_selections(own: OpTable) -> None:
+    joined = torch.randn(90, 4 * 24 + 2 * 24 + 2 * 24)
+    query, key, value = (part.unflatten(1, (-1, 24)) for part in joined.split((96, 48, 48), dim=1))
+    result = own.causal_attention(query, key, value, 0.2)
+    assert torch.equal(own.causal_attention(query.clone(), key.clone(), value.clone(), 0.2), result)
+    backwards = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in (query, key, value)]  # rows in pieces
+    assert torch.equal(own.causal_attention(*backwards, 0.2), result)
+    selected = torch.rand(90, 90).tril() > 0.5
+    selected.fill_diagonal_(True)
+    expected = PLAIN.causal_attention(query, key, value, 0.2, selected=selected)
+    assert torch.equal(own.causal_attention(query, key, value, 0.2, selected=selected), expected)
+    assert not torch.allclose(expected, result)
+
+
 def attention_call(own: OpTable, op: str, paged: Paged, lens: list[int]) -> Callable[[slice], Tensor]:
     """`call(rows)`: the op over some rows of one set of inputs."""
     if op == "grouped":
@@ -395,6 +450,11 @@ def wrong_calls() -> Iterator[Any]:
     yield attention, (query, keys, values, paged.table, -lens, 0.2), ValueError, "context_lens must be .*: -5"
     yield attention, (query[:, :3], keys, values, paged.table, lens, 0.2), ValueError, "multiple of 2: 3"
     yield attention, (query[:1], keys, values, paged.table, lens, 0.2), ValueError, "block_table must have 1 rows"
+    causal = "causal_attention"
+    yield causal, (query, keys[0], values[0], 0.2, 0), ValueError, "window must be positive.*: 0"
+    yield causal, (query[:, :3], keys[0], values[0], 0.2), ValueError, "multiple of 2: 3"
+    yield causal, (query.repeat(9, 1, 1), keys[0], values[0], 0.2), ValueError, "hold the 18 tokens of the query: 4"
+    yield causal, (query, keys[0], values[0, :3], 0.2), ValueError, r"value must be of shape \[4, 2, 20\]"
     yield experts, (hidden, weights, ids + 4, gate_up, down), IndexError, r"expert_ids must be in \[0, 4\): \d"
     yield experts, (hidden, weights.double(), ids, gate_up, down), ValueError, "weights must be float32: Double"
 

@@ -173,6 +173,27 @@ Tensor paged_decode_attention_op(const Tensor& query, const Tensor& key_cache, c
   return output;
 }
 
+Tensor causal_attention_op(const Tensor& query, const Tensor& key, const Tensor& value, double scale, int64_t window) {
+  const Element element = element_of(query, "query");
+  check_like(query, "query", query, 3);
+  check_like(key, "key", query, 3);
+  check_like(value, "value", query, 3);
+  const int64_t queries = query.size(0), heads = query.size(1), dim = query.size(2);
+  const int64_t context = key.size(0), kv_heads = key.size(1), value_dim = value.size(2);
+  TORCH_CHECK_VALUE(context >= queries, "the context must hold the ", queries, " tokens of the query: ", context);
+  TORCH_CHECK_VALUE(key.size(2) == dim, "key must hold keys of size ", dim, ": ", key.sizes());
+  check_sizes(value, "value", {context, kv_heads, value_dim});
+  TORCH_CHECK_VALUE(kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of ", kv_heads, ": ", heads);
+  TORCH_CHECK_VALUE(window == -1 || window > 0, "window must be positive, or -1 for none: ", window);
+  const Tensor whole = with_whole_rows(query), keys = with_whole_rows(key), values = with_whole_rows(value);
+  Tensor output = at::empty({queries, heads, value_dim}, query.options());
+  if (output.numel() == 0) return output;
+  causal_attention({element, queries, context, heads, kv_heads, dim, value_dim, whole.const_data_ptr(), whole.stride(0),
+                    whole.stride(1), keys.const_data_ptr(), keys.stride(0), keys.stride(1), values.const_data_ptr(),
+                    values.stride(0), values.stride(1), static_cast<float>(scale), window, output.data_ptr()});
+  return output;
+}
+
 Tensor mla_decode_attention_op(const Tensor& query_latent, const Tensor& query_rope, const Tensor& latent_cache,
                                const Tensor& rope_key_cache, const Tensor& block_table, const Tensor& context_lens,
                                double scale) {
@@ -234,6 +255,7 @@ TORCH_LIBRARY(omni, library) {
   library.def(
       "paged_decode_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, "
       "Tensor context_lens, float scale, int window) -> Tensor");
+  library.def("causal_attention(Tensor query, Tensor key, Tensor value, float scale, int window) -> Tensor");
   library.def(
       "mla_decode_attention(Tensor query_latent, Tensor query_rope, Tensor latent_cache, Tensor rope_key_cache, "
       "Tensor block_table, Tensor context_lens, float scale) -> Tensor");
@@ -245,6 +267,7 @@ TORCH_LIBRARY_IMPL(omni, CPU, library) {
   library.impl("linear", &omni::linear_op);
   library.impl("head_linear", &omni::head_linear_op);
   library.impl("paged_decode_attention", &omni::paged_decode_attention_op);
+  library.impl("causal_attention", &omni::causal_attention_op);
   library.impl("mla_decode_attention", &omni::mla_decode_attention_op);
   library.impl("routed_experts", &omni::routed_experts_op);
 }

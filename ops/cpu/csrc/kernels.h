@@ -63,6 +63,22 @@ struct PagedAttention {
 };
 void paged_decode_attention(const PagedAttention& problem);
 
+// The queries are the last tokens of the context. The last dimension of every tensor is contiguous.
+struct CausalAttention {
+  Element element;
+  int64_t queries, context, heads, kv_heads, dim, value_dim;
+  const void* query;  // [queries, heads, dim]
+  int64_t query_stride, query_head_stride;
+  const void* key;  // [context, kv_heads, dim]
+  int64_t key_stride, key_head_stride;
+  const void* value;  // [context, kv_heads, value_dim]
+  int64_t value_stride, value_head_stride;
+  float scale;
+  int64_t window;  // -1: none
+  void* output;    // [queries, heads, value_dim], contiguous
+};
+void causal_attention(const CausalAttention& problem);
+
 struct LatentAttention {
   Element element;
   int64_t requests, heads, rank, rope_dim, block_size;

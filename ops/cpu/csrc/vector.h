@@ -79,7 +79,18 @@ OMNI_INLINE Vector load(const void* from) {
 
 OMNI_INLINE void store(float* to, Floats vector) { std::memcpy(to, &vector, sizeof(vector)); }
 
-OMNI_INLINE Floats splat(float value) { return Floats{} + value; }
+// Not `Floats{} + value`: compilers keep that addition, for the sake of -0.
+OMNI_INLINE Floats splat(float value) {
+#if defined(__AVX512F__)
+  return bits_as<Floats>(_mm512_set1_ps(value));
+#elif defined(__AVX2__)
+  return bits_as<Floats>(_mm256_set1_ps(value));
+#else
+  Floats vector;
+  for (int lane = 0; lane < kLanes; ++lane) vector[lane] = value;
+  return vector;
+#endif
+}
 
 // kLanes consecutive elements as floats.
 OMNI_INLINE Floats widen(const float* from) { return load<Floats>(from); }

@@ -87,3 +87,23 @@ def test_the_comparison_sees_what_is_never_taken_in(monkeypatch):
     monkeypatch.setattr(ModelRunner, "_catch_up", lambda self, rows, backlog: None)
     of_model, of_drafter = differences("deepseek", CASES["now and then"], monkeypatch)
     assert of_model < 1e-3 and of_drafter > 0.1
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_a_row_whose_blocks_nobody_will_read_is_not_caught_up(is_cached, monkeypatch):
+    engine = Engine(
+        str(DEMO / "deepseek"),
+        speculative_config={"method": "mtp", "num_speculative_tokens": 2},
+        enable_prefix_caching=is_cached,
+        max_num_seqs=2,
+        **OPTIONS,
+    )
+    depths, taken_in = iter([0] * 12 + [2] * 90), []
+    monkeypatch.setattr(engine._core.scheduler.draft_depth, "choose", lambda num_requests: next(depths))
+    drafter = engine._core.runner.drafting.drafter
+    catch_up = drafter.catch_up
+    monkeypatch.setattr(drafter, "catch_up", lambda rows, *rest: (taken_in.append(len(rows)), catch_up(rows, *rest)))
+    for prompt in PROMPTS[:2]:  # the second on the row of the first, of whose tokens none must be taken in then
+        params = SamplingParams(temperature=0.0, max_tokens=7 if prompt is PROMPTS[0] else 30, ignore_eos=True)
+        engine.generate({"prompt_token_ids": prompt}, params)
+    assert sum(taken_in) == (6 if is_cached else 0) + 3
