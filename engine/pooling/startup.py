@@ -18,6 +18,7 @@ from ...models.kv_spec import kv_cache_spec
 from ...models.parallel import ParallelLayout
 from ...models.pooling import DenseWeights, PoolingModel
 from ...models.weights import load_weights
+from ...ops.cpu.huge_pages import ask_for_huge_pages
 from ...ops.table import OpTable, cuda_table
 from ...scheduler.scheduler import Scheduler
 from ..config import EngineConfig
@@ -42,6 +43,8 @@ def load_pooling_parts(config: EngineConfig, timer: PhaseTimer) -> CoreParts:
     device = resolve_device(config.args.device)
     if device.type == "npu":
         raise ValueError(f"pooling does not run on an NPU yet; use --device cpu: {device}")
+    if device.type == "cpu":
+        ask_for_huge_pages()
     max_num_seqs = config.max_num_seqs(device.type)
     shell = build_pooling_model(config, torch.device("meta"))
     weight_bytes = sum(tensor.nbytes for tensor in (*shell.parameters(), *shell.buffers()))
