@@ -24,7 +24,7 @@ from ..models.weights import load_weights
 from ..ops.table import OpTable
 from .config import EngineConfig
 from .speculation.buffers import Drafting, allocate_drafting
-from .speculation.drafting import REMEMBERED, Drafter, ModelDrafter, MTPDrafter, NgramDrafter
+from .speculation.drafting import Drafter, ModelDrafter, MTPDrafter, NgramDrafter, tokens_to_remember
 from .speculation.verification import SyntheticAcceptance, accept_equal
 
 
@@ -68,7 +68,9 @@ def build_models(config: EngineConfig, device: torch.device, layout: ParallelLay
         choice = config.speculation.choice
         if choice.method == "mtp":
             predictor = MultiTokenPredictor(decoder, Placement(layout, dtype, device, decoder.ops))
-            drafter = MTPDrafter(predictor, REMEMBERED if choice.remembers else 0)
+            row_bytes = config.model.hidden_size * dtype.itemsize
+            window = tokens_to_remember(config.max_num_seqs(device.type), row_bytes) if choice.remembers else 0
+            drafter = MTPDrafter(predictor, window)
         elif choice.method == "ngram":
             drafter = NgramDrafter(choice.min_n, choice.max_n)
         else:

@@ -252,8 +252,7 @@ class ModelRunner:
             if new.params.prompt_logprobs is not None:
                 self._reporting.add(new.row)
             if self.drafting is not None:
-                token_ids = torch.tensor(new.token_ids, dtype=torch.int64).to(self.device)
-                self.drafting.drafter.admit(self.drafting.memory, new.row, token_ids)
+                self.drafting.drafter.admit(self.drafting.memory, new.row, new.token_ids)
         self.table.admit(plan.new_rows)
         self.table.append_blocks(plan.rows, plan.new_block_ids)
 

@@ -7,6 +7,7 @@ from statistics import median, median_low
 
 SHARE = 0.01  # of the time may be lost in trials, in the long run
 FEW, SHARE_OF_FEW = 4, 0.02  # in batches up to so many, where a wrong depth costs most and texts do not average out
+PATIENCE, LEAST = 3, 0.25  # each depth lost so many trials in a row: from there on the share falls, to that part of it
 FREE_TOKENS = 32  # a step of so many tokens takes hardly longer than one of few: where to begin with nothing known
 FIRST_STEPS, FIRST_REQUESTS = 8, 8  # measured before the first trial: steps, and requests in them
 TRIAL_STEPS, TRIAL_REQUESTS = 16, 32  # after which a trial that is neither won nor lost is decided
@@ -24,7 +25,8 @@ class DraftDepth:
     as graphs are compiled, so they are measured while serving. The depth changes how fast tokens come, and no token.
 
     The best depth so far is used until what the last trial has cost is a small share of the time since; then the next
-    depth has its turn. A trial ends as soon as that depth can no longer be better, mostly after two steps.
+    depth has its turn. A trial ends as soon as that depth can no longer be better, mostly after two steps. Where trial
+    after trial is lost, the share falls.
     """
 
     def __init__(self, depths: tuple[int, ...]) -> None:
@@ -116,6 +118,7 @@ class _Trials:
         self._queue = deque(depth for depth in depths if depth != first)
         self._hopeless: dict[int, float] = {}  # seconds of a step, of depths that are slow beyond what drafts can bring
         self._credit = 0.0  # seconds that may be lost; below 0 nothing is tried
+        self._num_lost = 0  # trials in a row
         self._trial: _Samples | None = None
         self._is_glance = False  # one step to see whether a hopeless depth is still that slow
         self._is_shown = False  # that step is planned
@@ -148,12 +151,12 @@ class _Trials:
             self._is_after_trial = False
             recent.add(seconds, num_requests, num_tokens, had_drafts)
         if trial is None:
-            self._credit += self._share * seconds
+            self._credit += self._share * self._confidence() * seconds
             self._num_since_look += 1
             if self._num_since_look >= LOOK_STEPS and recent.seconds:
                 self._num_since_look = 0
                 if recent.rate() < WORSE * self._expected:
-                    self._credit, self._expected = 0.0, 0.0
+                    self._credit, self._expected, self._num_lost = 0.0, 0.0, 0
             is_due = self._credit >= 0 and len(recent.seconds) >= FIRST_STEPS
             if is_due and recent.num_requests >= FIRST_REQUESTS:
                 self._begin(num_requests)
@@ -164,6 +167,10 @@ class _Trials:
             self._gained += tokens
             self._judge(trial, recent.rate())
         self._count_down()
+
+    def _confidence(self) -> float:
+        """By how much less is tried the longer nothing has been better."""
+        return max(LEAST, min(1.0, PATIENCE * len(self._queue) / max(1, self._num_lost)))
 
     def _begin(self, num_requests: int) -> None:
         self._trial = _Samples(self._queue.popleft())
@@ -198,7 +205,9 @@ class _Trials:
             self._queue.append(self.best)
             self.best, self._recent = trial.depth, trial
             self._credit = self._expected = 0.0
+            self._num_lost = 0
             return
+        self._num_lost += 1
         self._queue.append(trial.depth)
         self._is_after_trial = True
         self._expected = recent.rate()

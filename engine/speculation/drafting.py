@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,7 +18,9 @@ from ..row_state import NO_DRAFT, RowState, decode_context
 Choose = Callable[[Tensor, Tensor], Tensor]  # logits [n, vocab], positions int64 [n] -> tokens int64 [n]
 Caches = list[tuple[Tensor, ...]]
 Memory = tuple[Tensor, ...]
-REMEMBERED = 32  # tokens of a row: enough that the product is a large one
+# Tokens of a row that may be remembered: so many that taking them in is a large product, and as many more as a little
+# memory holds, since those of a request that ends before its window is full are often not needed at all.
+FEWEST_REMEMBERED, MOST_REMEMBERED, MEMORY_BYTES = 32, 256, 16 << 20
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class StepTokens:
     last: Tensor  # int64 [n]: which of the tokens is the last before the row's newest one
 
 
+def tokens_to_remember(num_rows: int, row_bytes: int) -> int:
+    """The window of a drafter for so many rows, whose hidden states take `row_bytes` each."""
+    affordable = MEMORY_BYTES // ((num_rows + 1) * row_bytes)
+    return min(max(affordable, FEWEST_REMEMBERED), MOST_REMEMBERED)
+
+
 class Drafter(Protocol):
     """Guesses tokens on the device, inside the step's graph: nothing is read on the host, no shape depends on a value.
 
@@ -47,8 +55,8 @@ class Drafter(Protocol):
         """Tensors with an entry per row, the null row the last; they change in place."""
         ...
 
-    def admit(self, memory: Memory, row: int, token_ids: Tensor) -> None:
-        """Hear of a request's tokens (int64) before its first step."""
+    def admit(self, memory: Memory, row: int, token_ids: Sequence[int]) -> None:
+        """Hear of a request's tokens before its first step."""
         ...
 
     def draft(
@@ -85,7 +93,7 @@ class MTPDrafter(nn.Module):
         hidden = torch.zeros((places, weight.shape[0]), dtype=weight.dtype, device=device)
         return hidden, torch.zeros(places, dtype=torch.int64, device=device)
 
-    def admit(self, memory: Memory, row: int, token_ids: Tensor) -> None:
+    def admit(self, memory: Memory, row: int, token_ids: Sequence[int]) -> None:
         pass
 
     def draft(
@@ -153,7 +161,7 @@ class ModelDrafter(nn.Module):
     def make_memory(self, num_rows: int, max_model_len: int, device: torch.device) -> Memory:
         return ()
 
-    def admit(self, memory: Memory, row: int, token_ids: Tensor) -> None:
+    def admit(self, memory: Memory, row: int, token_ids: Sequence[int]) -> None:
         pass
 
     def draft(
@@ -199,8 +207,9 @@ class NgramDrafter(nn.Module):
         """The history: int32 [rows + 1, max_model_len + 1]. In the last column go tokens that have no place."""
         return (torch.full((num_rows + 1, max_model_len + 1), NO_DRAFT, dtype=torch.int32, device=device),)
 
-    def admit(self, memory: Memory, row: int, token_ids: Tensor) -> None:
-        memory[0][row, : token_ids.shape[0]] = token_ids.to(memory[0])
+    def admit(self, memory: Memory, row: int, token_ids: Sequence[int]) -> None:
+        (history,) = memory
+        history[row, : len(token_ids)] = torch.tensor(token_ids, dtype=history.dtype, device=history.device)
 
     def draft(
         self, tokens: StepTokens, state: RowState, caches: Caches, memory: Memory, num_drafts: int,
