@@ -124,9 +124,9 @@ class MTPDrafter(nn.Module):
         count = tokens.context.num_decode_tokens
         if count:
             places = self._places(tokens.token_rows[:count], tokens.context.positions[:count])
-            # scatter_ and not index_put_, of which TorchAir has no form
-            hidden.scatter_(0, places.unsqueeze(1).expand(-1, hidden.shape[1]), tokens.hidden[:count])
-            next_ids.scatter_(0, places, tokens.next_ids[:count])
+            put_rows = self.predictor.ops.table.put_rows
+            put_rows(hidden, places, tokens.hidden[:count])
+            put_rows(next_ids, places, tokens.next_ids[:count])
 
     def _places(self, rows: Tensor, positions: Tensor) -> Tensor:
         return rows * self.window + positions % self.window

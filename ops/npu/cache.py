@@ -46,6 +46,13 @@ def write_kv_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: T
     )
 
 
+def put_rows(target: Tensor, rows: Tensor, values: Tensor) -> None:
+    """As `ops.rows.put_rows`, by the form of it that TorchAir lowers."""
+    if target.dim() > 1:
+        rows = rows.view(-1, *[1] * (target.dim() - 1)).expand_as(values)
+    target.scatter_(0, rows, values)
+
+
 def write_index_keys(keys: Tensor, index_key_cache: Tensor, slots: Tensor) -> None:
     """As `ops.dsa.write_index_keys`. Mutates the cache.
 
