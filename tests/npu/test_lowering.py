@@ -224,7 +224,10 @@ CASES = [
     case(
         quant.quant_matmul, [((4, 7168), I8), ((7168, 1536), I8), (1536,), ((4,), F32)], {"QuantBatchMatmulV3": 1},
     ),
-    case(cache.put_rows, [(96, 192), ((32,), I64), (32, 192)], {"Reshape": 1, "BroadcastTo": 1, "ScatterElements": 1}, [(96, 192)]),
+    case(
+        cache.put_rows, [(96, 192), ((32,), I64), (32, 192)],
+        {"Reshape": 1, "BroadcastTo": 1, "ScatterElements": 1}, [(96, 192)],
+    ),
     case(linear.linear, [(4, 7168), (1536, 7168)], {"MatMul": 1}),
     case(latent_to_query, [(4, 64, 128), (64, 128, 512)], {"TransposeBatchMatMul": 1}),
     case(latent_to_query, [(4, 128, 512), (128, 512, 128)], {"Transpose": 2, "BatchMatMul": 1}, name="too-many-heads"),
