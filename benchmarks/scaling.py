@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers.bounds import Rates, Shape, decode_seconds
-from peers.checkpoints import SHAPES
 from tqdm import tqdm
 
 from omni_engine.engine.config import EngineArgs, EngineConfig
@@ -35,6 +34,10 @@ from omni_engine.engine.graphs.startup import build_kernels
 from omni_engine.engine.machine_rates import measure_machine_rates
 from omni_engine.engine.startup import available_bytes
 from omni_engine.server.bench.plot import HEIGHT, WIDTH, Line, line_plot
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))  # whose modules find each other like that
+from bounds import Rates, Shape, decode_seconds
+from checkpoints import SHAPES
 
 MODEL = "llama-160m"
 BLOCK_SIZE = 16

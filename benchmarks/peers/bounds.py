@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from workloads import Workload
+from workloads import Workload
 
 WEIGHT_BYTES = 2  # bfloat16
 _MEAN_CONTEXT = 64  # of a W2 step: 32 tokens in, about 64 out
