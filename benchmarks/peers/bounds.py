@@ -63,7 +63,8 @@ class Shape:
         elif kind in ("llama", "qwen3", "qwen3_moe"):
             dim, kv_heads = config.get("head_dim") or hidden // heads, config["num_key_value_heads"]
             attention = hidden * dim * (2 * heads + 2 * kv_heads)
-            experts, chosen, shared = config.get("num_experts", 0), config.get("num_experts_per_tok", 0), 0
+            experts = config.get("num_experts", config.get("num_local_experts", 0))  # as transformers 5 writes it
+            chosen, shared = config.get("num_experts_per_tok", 0), 0
             dense_layers = 0 if experts else layers
             cache, decode = 2 * kv_heads * dim, 4 * heads * dim
             prefill = decode

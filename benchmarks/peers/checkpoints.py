@@ -147,7 +147,8 @@ def _write_tokenizer(path: Path, size: int) -> None:
 
 
 def export_for_openvino(path: Path, python: str) -> Path:
-    """`path`-openvino, made by optimum-intel under the given interpreter; left as it is if it is there."""
+    """`path`-openvino, made by optimum-intel under the given interpreter; left as it is if it is there. Raises
+    RuntimeError with the reason where it cannot export the model."""
     target = path.with_name(f"{path.name}-openvino")
     if not (target / "openvino_model.xml").exists():
         program = (
@@ -159,7 +160,10 @@ def export_for_openvino(path: Path, python: str) -> Path:
             "a, b = c(t, with_detokenizer=True); o.save_model(a, d + '/openvino_tokenizer.xml');"
             "o.save_model(b, d + '/openvino_detokenizer.xml')"
         )
-        subprocess.run([python, "-c", program, str(path), str(target)], check=True)
+        done = subprocess.run([python, "-c", program, str(path), str(target)], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+            raise RuntimeError(f"optimum-intel does not export {path.name}: {reason}")
     return target
 
 
@@ -175,7 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = write_checkpoint(options.folder, name)
         print(path)
         if options.openvino:
-            print(export_for_openvino(path, options.openvino))
+            try:
+                print(export_for_openvino(path, options.openvino))
+            except RuntimeError as error:
+                print(f"not exported: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +30,8 @@ from typing import Any
 
 from bounds import Rates
 from checkpoints import SHAPES, export_for_openvino, write_checkpoint
-from llama_cpp import LLAMA_CPP_WORK, sample_llama_cpp
+from llama_cpp import NAME as LLAMA_CPP
+from llama_cpp import BatchedBench
 from report import OURS, markdown
 from workloads import WORKLOADS
 
@@ -77,7 +77,15 @@ class Worker:
         process.send_signal(signal.SIGSTOP)
         return worker
 
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def runs(self, workload: str) -> bool:
+        return True
+
     def sample(self, workload: str, seed: int) -> dict[str, Any]:
+        """Of the workload, new for every seed. Raises RuntimeError if the engine has ended."""
         assert self.process.stdin is not None
         self.process.send_signal(signal.SIGCONT)
         self.process.stdin.write(json.dumps({"workload": workload, "seed": seed}) + "\n")
@@ -124,7 +132,7 @@ def guarded(take: Callable[[int], dict[str, Any]], pid: int) -> dict[str, Any]:
     return sample
 
 
-def start_workers(options: argparse.Namespace, model: Path) -> list[Worker]:
+def start_engines(options: argparse.Namespace, model: Path) -> list[Worker | BatchedBench]:
     """Every engine whose environment is given, and which runs this model."""
     vllm = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": KV_GIB, "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
     wanted: list[tuple[str, str | None, str, dict[str, str]]] = [
@@ -134,7 +142,7 @@ def start_workers(options: argparse.Namespace, model: Path) -> list[Worker]:
     ]
     if "deepseek" in model.name:  # latent attention, or keys and values expanded in its cache
         wanted.insert(2, ("vllm-expanded", options.vllm, "vllm", {**vllm, "VLLM_MLA_DISABLE": "1"}))
-    workers = []
+    engines: list[Worker | BatchedBench] = []
     for name, python, engine, environment in wanted:
         if python is None or name in options.without:
             continue
@@ -142,50 +150,69 @@ def start_workers(options: argparse.Namespace, model: Path) -> list[Worker]:
         try:
             if engine == "openvino":
                 export_for_openvino(model, python)
-            workers.append(Worker.start(name, python, engine, model, environment, extra))
-        except (RuntimeError, subprocess.CalledProcessError) as error:
-            print(f"not run: {error}", file=sys.stderr, flush=True)
-    return workers
+            engines.append(Worker.start(name, python, engine, model, environment, extra))
+        except (RuntimeError, OSError) as error:
+            _tell_not_run(name, model, error)
+    if options.llama_cpp and LLAMA_CPP not in options.without:
+        try:
+            engines.append(BatchedBench.start(options.llama_cpp, model))
+        except (RuntimeError, OSError) as error:
+            _tell_not_run(LLAMA_CPP, model, error)
+    return engines
+
+
+def _tell_not_run(name: str, model: Path, error: Exception) -> None:
+    print(f"not run: {name} with {model.name}: {error}", file=sys.stderr, flush=True)
 
 
 def compare_model(
     options: argparse.Namespace, model: Path, deadline: float, add: Callable[..., None], add_rates: Callable[[], None]
 ) -> None:
     """The machine's rates, then all rounds of all workloads of one model, as long as there is time."""
-    workers = start_workers(options, model)
+    engines = start_engines(options, model)
     if options.pause:
         print(f"loaded; to go on: kill -CONT {os.getpid()}", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
         deadline = time.monotonic() + options.minutes * 60
-    llama_cpp = shutil.which("llama-batched-bench", path=options.llama_cpp) if options.llama_cpp else None
     try:
         add_rates()
         for workload in options.work:
-            for worker in workers:
-                worker.sample(workload, 0)  # shapes that an engine has not seen before may be slower
+            for engine in [engine for engine in engines if engine.runs(workload)]:
+                _try(engines, engine, model, partial(engine.sample, workload, 0))  # new shapes may be slower
             for number in range(options.pairs):
                 if time.monotonic() > deadline:
                     return
                 round_id = f"{options.run}/{number}"
-                for worker in workers if number % 2 == 0 else workers[::-1]:
+                in_turn = [engine for engine in engines if engine.runs(workload)]
+                for engine in in_turn if number % 2 == 0 else in_turn[::-1]:
                     seed = 1 + number * (RETRIES + 1) + options.seed * 1000
-
-                    sample = guarded(partial(_sample, worker, workload, seed), worker.process.pid)
-                    add(model.name, workload, worker.name, worker.version, round_id, sample)
-                if llama_cpp and workload in LLAMA_CPP_WORK:
-                    sample = guarded(partial(_sample_llama_cpp, llama_cpp, model, workload), os.getpid())
-                    add(model.name, workload, "llama.cpp", sample.pop("version"), round_id, sample)
+                    take = partial(_sample, engine, workload, seed)
+                    sample = _try(engines, engine, model, partial(guarded, take, engine.pid))
+                    if sample is not None:
+                        add(model.name, workload, engine.name, engine.version, round_id, sample)
     finally:
-        for worker in workers:
-            worker.end()
+        for engine in engines:
+            engine.end()
 
 
-def _sample(worker: Worker, workload: str, seed: int, attempt: int) -> dict[str, Any]:
-    return worker.sample(workload, seed + attempt)
+def _sample(engine: Worker | BatchedBench, workload: str, seed: int, attempt: int) -> dict[str, Any]:
+    return engine.sample(workload, seed + attempt)
 
 
-def _sample_llama_cpp(program: str, model: Path, workload: str, _: int) -> dict[str, Any]:
-    return sample_llama_cpp(program, model, workload)
+def _try(
+    engines: list[Worker | BatchedBench],
+    engine: Worker | BatchedBench,
+    model: Path,
+    sample: Callable[[], dict[str, Any]],
+) -> dict[str, Any] | None:
+    """The sample, or None of an engine that fails: it is ended, and the others go on without it."""
+    try:
+        return sample()
+    except (RuntimeError, OSError) as error:
+        _tell_not_run(engine.name, model, error)
+        engine.end()
+        engines.remove(engine)
+        return None
 
 
 def measured_rates() -> Rates:
@@ -199,7 +226,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="checkpoints and samples.jsonl")
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vllm-cpu")
     parser.add_argument("--openvino", metavar="PYTHON", help="of one with openvino-genai and optimum-intel")
-    parser.add_argument("--llama-cpp", metavar="FOLDER", help="where llama-batched-bench is; reads MODEL.gguf")
+    parser.add_argument(
+        "--llama-cpp", metavar="FOLDER", help="where its programs are; MODEL.gguf is made by the package gguf"
+    )
     parser.add_argument("--without", nargs="*", default=[], help="engines to leave out")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="MODEL")
     parser.add_argument("--work", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="W")

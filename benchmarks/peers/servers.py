@@ -1,17 +1,22 @@
-"""W5 and W6: servers as their users meet them, from the start of the process to the first token, and under load.
+"""W5 and W6: servers as their users meet them, under load, and from the start of the process to the first token.
 
     python benchmarks/peers/servers.py MODEL --vllm v-vllm/bin/python --llama-cpp llama.cpp/build/bin --pairs 5
-    python benchmarks/peers/servers.py MODEL --load --vllm v-vllm/bin/python --rates 2.5 --concurrency 8
+    python benchmarks/peers/servers.py MODEL --load --vllm v-vllm/bin/python --llama-cpp llama.cpp/build/bin --pairs 5
 
 W6 starts every server in turn, `--pairs` times, and asks for one token until it comes; beside it stands the time that a
 Python takes to import torch. Peak memory is that of the processes of the server, shared pages counted once (PSS).
-W5 (`--load`) starts each server once and runs `omni-engine bench serve` against it, 128 tokens in and 64 out: Poisson
-arrivals at each of `--rates` (requests per second), then a closed loop of `--concurrency`.
+
+W5 (`--load`) first finds each server's capacity, the requests per second of a closed loop of `--concurrency`. Then a
+round starts every server in turn, warms it, and measures it twice: under Poisson arrivals at 70 % of the lowest
+capacity, and in the closed loop. Samples are added to `servers.jsonl` beside the checkpoint, so a comparison may be
+made in pieces (give `--rate`, so that they are of one rate), and `--pairs 0` prints the table of what is there. Our
+graphs are compiled before, where the cache has none.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import signal
@@ -25,27 +30,46 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from compare import busy_seconds, own_seconds
+from llama_cpp import NAME as LLAMA_CPP
+from llama_cpp import find_program, make_gguf
 from report import OURS, Spread
+from server_load import CLOSED, POISSON, apply_load, load_table
 
 READY_SECONDS, POLL_SECONDS = 300.0, 0.02
+LOAD_SHARE = 0.7  # of the capacity of the slowest server
+WARMUP_SEED = 1_000_000
+_ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER
 PROMPT = list(range(100, 132))
 
 
 def server_commands(options: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Command and environment of every server whose place is given."""
     model, port = str(options.model), str(options.port)
-    limits = ["--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "32", "--port", port]
+    limits = ["--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "32"]
     ours = Path(sys.executable).with_name("omni-engine")
-    commands = {OURS: ([str(ours), "serve", model, *limits, *options.serve_flag], {"OMP_NUM_THREADS": "2"})}
+    flags = [*limits, "--port", port]
+    commands = {OURS: ([str(ours), "serve", model, *flags, *options.serve_flag], {"OMP_NUM_THREADS": "2"})}
     if options.vllm:
-        command = [options.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *limits]
+        command = [options.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
         commands["vllm"] = (command, {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"})
     if options.llama_cpp:
-        program = str(Path(options.llama_cpp) / "llama-server")
-        command = [program, "-m", f"{model}.gguf", "--port", port, "-t", "2", "-tb", "2", "-np", "8", "-c", "8192"]
-        commands["llama.cpp"] = (command, {})
+        try:
+            make_gguf(options.model)
+            program = find_program(options.llama_cpp, "llama-server")
+            # Under load as many places as the others have; for the start, what a user of one model would give it.
+            places = ["-np", "32", "-c", "32768"] if options.load else ["-np", "8", "-c", "8192"]
+            command = [program, "-m", f"{model}.gguf", "--port", port, "-t", "2", "-tb", "2", *places]
+            commands[LLAMA_CPP] = (command, {})
+        except RuntimeError as error:
+            _tell_not_run(LLAMA_CPP, error)
     return commands
+
+
+def _tell_not_run(name: str, error: Exception) -> None:
+    print(f"not run: {name}: {error}", file=sys.stderr, flush=True)
 
 
 def descendants(pid: int) -> list[int]:
@@ -95,7 +119,10 @@ def first_token(url: str, alive: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def running(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The server, ended with all of its processes."""
+    """The server, ended with all of its processes, also those that have left its group or have outlived it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_ADOPT_ORPHANS, 1)
+    others = set(descendants(os.getpid()))
     with log.open("wb") as file:
         process = subprocess.Popen(
             command, env={**os.environ, **environment}, stdout=file, stderr=file, start_new_session=True
@@ -108,8 +135,13 @@ def running(command: Sequence[str], environment: Mapping[str, str], log: Path) -
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.wait()
+        for pid in [pid for pid in descendants(os.getpid()) if pid not in others]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with suppress(ChildProcessError):  # the child of another one that is being ended
+                os.waitpid(pid, 0)
 
 
 def start_once(command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> tuple[float, float]:
@@ -138,32 +170,92 @@ def measure_starts(options: argparse.Namespace, url: str) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in (*commands, "import torch")}
     peaks: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(options.pairs):
-        for name, (command, environment) in commands.items():
-            taken, peak = start_once(command, environment, url, options.logs / f"{name}.log")
+        for name, (command, environment) in list(commands.items()):
+            try:
+                taken, peak = start_once(command, environment, url, options.logs / f"{name}.log")
+            except (RuntimeError, OSError) as error:
+                _tell_not_run(name, error)
+                del commands[name]
+                continue
             seconds[name].append(taken)
             peaks[name].append(peak)
+            print(f"{name}: {taken:.2f} s, {peak:.0f} MB", flush=True)
         begin = time.perf_counter()
         subprocess.run([sys.executable, "-c", "import torch"], check=True)
         seconds["import torch"].append(time.perf_counter() - begin)
     print("| W6 | start to first token, s | peak memory, MB |\n|---|---|---|")
     for name, taken in seconds.items():
+        if not taken:
+            continue
         memory = Spread.of(peaks[name]).text(0) if name in peaks else ""
         print(f"| {name} | {Spread.of(taken).text(2)} | {memory} |")
 
 
+def tree_seconds(pid: int) -> float:
+    """Processor time so far of the process and its descendants."""
+    total = 0.0
+    for one in descendants(pid):
+        with suppress(OSError):
+            total += own_seconds(one)
+    return total
+
+
+def load_server(
+    options: argparse.Namespace,
+    url: str,
+    name: str,
+    command: tuple[list[str], dict[str, str]],
+    rate: float | None,
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """Start and warm the server, then a record of each load: the closed loop, and after it the arrivals at `rate`."""
+    closed = ["--max-concurrency", str(options.concurrency)]
+    loads = [(CLOSED, closed)]
+    if rate is not None:
+        loads.append((POISSON, ["--request-rate", str(rate)]))
+    base = url.removesuffix("/v1")
+    with running(*command, options.logs / f"{name}.log") as process:
+        first_token(url, process)
+        apply_load(base, options.model, closed, 2 * options.concurrency, WARMUP_SEED + seed)
+        for number, (traffic, flags) in enumerate(loads):
+            busy, own, begin = busy_seconds(), tree_seconds(process.pid) + own_seconds(os.getpid()), time.monotonic()
+            metrics = apply_load(base, options.model, flags, options.requests, 2 * seed + number)
+            passed = (time.monotonic() - begin) * (os.cpu_count() or 1)
+            taken = busy_seconds() - busy - (tree_seconds(process.pid) + own_seconds(os.getpid()) - own)
+            yield {"traffic": traffic, "foreign": round(max(taken, 0.0) / passed, 3), **metrics}
+
+
 def measure_load(options: argparse.Namespace, url: str) -> None:
-    client = [str(Path(sys.executable).with_name("omni-engine")), "bench", "serve", "--base-url", url[: -len("/v1")]]
-    client += ["--random-input-len", "128", "--random-output-len", "64", "--ignore-eos", "--num-prompts", "64"]
-    client += ["--extra-body", '{"repetition_penalty": null}', "--skip-tokenizer-init"]
-    for name, (command, environment) in server_commands(options).items():
-        with running(command, environment, options.logs / f"{name}.log") as process:
-            first_token(url, process)
-            for traffic in (
-                *(["--request-rate", str(rate)] for rate in options.rates),
-                ["--max-concurrency", str(options.concurrency)],
-            ):
-                print(f"\n{name}, {' '.join(traffic)}", flush=True)
-                subprocess.run([*client, *traffic], check=True)
+    samples = options.model.parent / "servers.jsonl"
+    commands = server_commands(options) if options.pairs else {}
+    if commands:
+        ours, environment = commands[OURS]
+        at_port = ours.index("--port")
+        compiling = [ours[0], "compile", *ours[2:at_port], *ours[at_port + 2 :]]
+        subprocess.run(compiling, env={**os.environ, **environment}, check=True, stdout=subprocess.DEVNULL)
+    rate, run, capacities = options.rate, time.strftime("%Y-%m-%dT%H:%M:%S"), {}
+    for number in range(-1 if rate is None else 0, options.pairs):
+        if number == 0 and rate is None:
+            if not capacities:
+                raise SystemExit("no server bore the closed loop that finds the rate; give one with --rate: none")
+            rate = LOAD_SHARE * min(capacities.values())
+            print(f"Poisson arrivals at {rate:.3f} requests/s", flush=True)
+        for name in list(commands) if number % 2 == 0 else list(commands)[::-1]:
+            try:
+                at_rate = rate if number >= 0 else None
+                for record in load_server(options, url, name, commands[name], at_rate, seed=number + 1):
+                    print(json.dumps({"engine": name, **record}), flush=True)
+                    if number < 0:
+                        capacities[name] = record["requests_per_second"]
+                        continue
+                    labels = {"model": options.model.name, "engine": name, "round": f"{run}/{number}", "rate": rate}
+                    with samples.open("a") as file:
+                        file.write(json.dumps({**labels, **record}) + "\n")
+            except (RuntimeError, OSError) as error:
+                _tell_not_run(name, error)
+                del commands[name]
+    records = [json.loads(line) for line in samples.read_text().splitlines()] if samples.exists() else []
+    print(load_table([record for record in records if record["model"] == options.model.name]))
 
 
 def main() -> None:
@@ -173,12 +265,14 @@ def main() -> None:
     parser.add_argument("--llama-cpp", metavar="FOLDER", help="where llama-server is; reads MODEL.gguf")
     parser.add_argument("--load", action="store_true", help="W5 and not W6")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--rates", type=float, nargs="*", default=[], help="requests per second")
-    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--rate", type=float, help="W5: requests per second, instead of finding the capacity first")
+    parser.add_argument("--concurrency", type=int, default=8, help="W5: of the closed loop (8)")
+    parser.add_argument("--requests", type=int, default=64, help="W5: of each load (64)")
     parser.add_argument("--port", type=int, default=8131)
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()), help="folder of the servers' logs")
     parser.add_argument("--serve-flag", action="append", default=[], help="further flag of `omni-engine serve`")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended too
     url = f"http://127.0.0.1:{options.port}/v1"
     if options.load:
         measure_load(options, url)
