@@ -21,12 +21,13 @@ def apply_load(url: str, model: Path, traffic: Sequence[str], requests: int, see
     """Send requests of drawn token ids, streaming and greedy, and return METRICS and requests per second.
 
     `traffic` are the flags that say when requests are sent. Every server gets the same ones for a seed, at the same
-    times. Raises RuntimeError unless all are answered in full.
+    times, each over a connection of its own: llama-server closes one that has been idle for some seconds, and a request
+    may be on its way then. Raises RuntimeError unless all are answered in full.
     """
     program = str(Path(sys.executable).with_name("omni-engine"))
     command = [program, "bench", "serve", "--base-url", url, "--tokenizer", str(model), "--prompt-format", "token-ids"]
     command += ["--random-input-len", str(INPUT), "--random-output-len", str(OUTPUT), "--num-prompts", str(requests)]
-    command += ["--ignore-eos", "--temperature", "0", "--seed", str(seed), *traffic]
+    command += ["--ignore-eos", "--temperature", "0", "--seed", str(seed), "--header", "Connection=close", *traffic]
     command += ["--percentile-metrics", "ttft,tpot", "--metric-percentiles", "50,99", "--save-result", "--disable-tqdm"]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
@@ -34,7 +35,11 @@ def apply_load(url: str, model: Path, traffic: Sequence[str], requests: int, see
         )
         if done.returncode:
             raise RuntimeError(f"bench serve failed: {(done.stderr or done.stdout).strip()[-1000:]}")
-        return load_metrics(json.loads((Path(folder) / "result.json").read_text()), requests)
+        try:
+            return load_metrics(json.loads((Path(folder) / "result.json").read_text()), requests)
+        except RuntimeError as error:
+            told = [line.strip() for line in done.stderr.splitlines() if " x " in line]  # how often each error came
+            raise RuntimeError("; ".join([str(error), *told])) from error
 
 
 def load_metrics(result: Mapping[str, Any], requests: int) -> dict[str, float]:
