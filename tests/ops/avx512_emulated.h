@@ -9,6 +9,7 @@
 
 #define __AVX512F__ 1
 #define __AVX512BF16__ 1
+#define OMNI_IN_REGISTER(vector) (void)(vector)
 
 namespace emulated {
 
@@ -80,6 +81,7 @@ inline Floats16 widen(__m256i halves) {
 #define _mm512_loadu_si512(from) emulated::load(from)
 #define _mm512_storeu_si512(to, vector) std::memcpy(to, &static_cast<const emulated::Words16&>(vector), 64)
 #define _mm512_set1_epi32(word) (emulated::Words16{} + uint32_t(word))
+#define _mm512_set1_ps(value) (emulated::Floats16{} + float(value))
 #define _mm512_dpbf16_ps(sums, a, b) emulated::dot(sums, a, b)
 #define _mm512_permutex2var_epi16(a, order, b) emulated::permute(a, order, b)
 #define _mm512_castps_pd(vector) emulated::as<emulated::Doubles8>(vector)

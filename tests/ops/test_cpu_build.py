@@ -237,7 +237,7 @@ needs_avx2 = pytest.mark.skipif("avx2" not in build.possible_forms(), reason="no
         *(
             pytest.param(form, unit, marks=pytest.mark.full)
             for form in ("avx512_bf16", "avx512")
-            for unit in ("attention", "experts", "linear", "mla")
+            for unit in ("attention", "experts", "linear", "mla", "prefill")
         ),
     ],
 )

@@ -22,7 +22,8 @@
 
 // Keeps a vector in a register: compilers fold a load into each instruction that uses it, and then loads are what a
 // loop waits for.
-#if defined(__x86_64__)
+#if defined(OMNI_IN_REGISTER)  // where the form is emulated, no register holds a vector
+#elif defined(__x86_64__)
 #define OMNI_IN_REGISTER(vector) __asm__("" : "+x"(vector))
 #elif defined(__aarch64__)
 #define OMNI_IN_REGISTER(vector) __asm__("" : "+w"(vector))

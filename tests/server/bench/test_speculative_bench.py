@@ -447,7 +447,7 @@ def test_the_small_shape_is_what_it_says():
     assert (config.num_layers, config.hidden_size, config.vocab_size, config.moe) == (12, 768, 32000, None)
     assert config.mla is not None and config.num_mtp_layers == 1
     made = SimpleNamespace(
-        model=config, dtype="bfloat16",
+        model=config, dtype="bfloat16", max_num_seqs=lambda device_type: 1,
         speculation=SimpleNamespace(choice=SimpleNamespace(method="mtp", remembers=True)),
     )  # fmt: skip
     sizes = [tensor.numel() for tensor in build_models(made, torch.device("meta")).tensors()]
