@@ -3,8 +3,7 @@
     python benchmarks/scaling.py --output scaling.svg [--batch-sizes 1 8 256] [--contexts 128 32768] [--rounds 3]
 
 A llama-160m of random weights whose positions reach the longest context. Its contexts are made up and not computed
-(`engine/graphs/decode_loop.py`), but every block of the cache is written once, for a page that was never written is
-read from the processor's cache. A point is a batch size at the first of `--contexts`, or a context at batch 1 and 8;
+(`engine/graphs/decode_loop.py`). A point is a batch size at the first of `--contexts`, or a context at batch 1 and 8;
 those whose keys and values would take more than half of the free memory are left out, and told. Every round takes all
 points, and the next one turns their order around. A time per token is that of the engine's own overlapped steps; the
 host's is what a step takes beside its graph. `--output` gets the picture, and the file beside it that ends in .json
@@ -75,7 +74,7 @@ def model_config(longest: int) -> dict[str, Any]:
 
 
 def load_core(folder: Path, config: dict[str, Any], points: Sequence[Point], num_blocks: int) -> EngineCore:
-    """The engine with all graphs that the points need, and a cache of which every page is there."""
+    """The engine with all graphs that the points need."""
     (folder / "config.json").write_text(json.dumps(config))
     sizes = sorted({point.batch for point in points})
     args = EngineArgs(
@@ -97,9 +96,6 @@ def load_core(folder: Path, config: dict[str, Any], points: Sequence[Point], num
                 raise RuntimeError(f"graphs could not be made, the log says why: {', '.join(map(str, missing))}")
         bar.update(len(keys) - bar.n)
     graphs.close()
-    for parts in tqdm(graphs.caches, desc="Cache", unit="layer"):
-        for part in parts:
-            part.copy_(torch.randn(part.shape[1:]).to(part.dtype).expand_as(part))
     return core
 
 

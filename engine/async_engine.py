@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,25 +25,24 @@ from .core_launch import DEFAULT_STEP_TIMEOUT_SECONDS, LaunchedCore
 from .errors import EngineDeadError, EngineRestartError, EngineShutdownError, RequestRejectedError
 from .front import Front
 from .input_processor import InputProcessor, ProcessedRequest
-from .inputs import PromptType, is_conversation
+from .inputs import PromptType
 from .load import LoadMeter
-from .logs import logs_json
 from .messages import Abort, Add, Answer, CoreInfo, Profile, ResetPrefixCache, Updates, Watch
-from .metrics import EngineMetrics
+from .metrics import EngineMetrics, cache_config
 from .output_processor import AnyState, RequestState
 from .outputs import RequestOutput
-from .phases import Phase, PhaseTimer, phase_records, phase_table
+from .phases import Phase, PhaseTimer, log_start
 from .pooling.input import PoolingInputProcessor
 from .pooling.outputs import PoolingOutput, PoolingRequestOutput
 from .pooling.scoring import ScoringPlan, plan_scores
 from .pooling.state import PoolingState
+from .preparation import INLINE_ENCODE_CHARACTERS, prepare, prepare_pooling
+from .questions import Questions
 from .stats_log import StatsLog
 from .structured.threads import GrammarThreads
 from .tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
-# Longer texts are tokenized in a thread, so that they do not hold up the event loop.
-INLINE_ENCODE_CHARACTERS = 4096
 SHUTDOWN_MESSAGE = "the server is shutting down; send the request again later"
 
 
@@ -95,8 +93,7 @@ class AsyncEngine:
         self._closing = False
         self._request_ids = itertools.count()
         self._grammars = GrammarThreads()
-        self._question_numbers = itertools.count()
-        self._answers: dict[int, asyncio.Future[bool]] = {}  # questions to the core that wait, by number
+        self._questions = Questions()
 
     @classmethod
     def from_engine_args(
@@ -191,12 +188,7 @@ class AsyncEngine:
 
     def tokenizer_config(self) -> dict[str, Any]:
         """What tokenizer_config.json says; empty where there is none."""
-        folder = self.config.tokenizer_path
-        path = None if folder is None else folder / "tokenizer_config.json"
-        if path is None or not path.is_file():
-            return {}
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return config if isinstance(config, dict) else {}
+        return self._loaded_front.tokenizer_config()
 
     @property
     def max_model_len(self) -> int:
@@ -285,45 +277,27 @@ class AsyncEngine:
         inputs = self._loaded_inputs
         if not isinstance(inputs, PoolingInputProcessor):
             return inputs.process(request_id, prompt, params)  # which says what is wrong
-        if is_conversation(prompt):
-            prompt = {"messages": prompt, "add_generation_prompt": False}
-        if isinstance(prompt, Mapping) and "messages" in prompt:
-            prompt = await asyncio.to_thread(self._loaded_front.read_chat, prompt)
-        params = inputs.complete(params)
-        texts = (prompt.get("prompt"), prompt.get("text_pair")) if isinstance(prompt, Mapping) else (prompt,)
-        if sum(len(text) for text in texts if isinstance(text, str)) > INLINE_ENCODE_CHARACTERS:
-            tokenized = await asyncio.to_thread(inputs.tokenize, prompt, params)
-        else:
-            tokenized = inputs.tokenize(prompt, params)
-        if self._dead_error is not None:
-            raise self._dead_error
-        return inputs.admit(request_id, tokenized, params, priority=priority)
+        make = await prepare_pooling(self._loaded_front, inputs, prompt, params)
+        self._check_ready()
+        return make(request_id, priority)
 
     async def _process(
         self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int
     ) -> ProcessedRequest:
-        if is_conversation(prompt) or (isinstance(prompt, Mapping) and "messages" in prompt):
-            prompt = await asyncio.to_thread(self._loaded_front.read_chat, prompt)
-        text = prompt if isinstance(prompt, str) else prompt.get("prompt") if isinstance(prompt, Mapping) else None
-        if isinstance(text, str) and len(text) > INLINE_ENCODE_CHARACTERS:
-            given: dict[str, Any] = dict(prompt) if isinstance(prompt, Mapping) else {"prompt": text}
-            if given.get("prompt_token_ids") is None:
-                given["prompt_token_ids"] = await asyncio.to_thread(self._loaded_inputs.encode, text)
-            prompt = given  # type: ignore[assignment]
-        grammar = await self._check_grammar(params)
-        if self._dead_error is not None:
-            raise self._dead_error
-        return self._loaded_inputs.process(request_id, prompt, params, priority=priority, grammar=grammar)
-
-    async def _check_grammar(self, params: SamplingParams) -> str | None:
-        if params.structured_outputs is None:
-            return None
         try:
-            return await self._grammars.check(self._loaded_front.grammar_checker, params.structured_outputs)
+            make = await prepare(self._loaded_front, self._loaded_inputs, self._grammars, prompt, params)
         except RequestRejectedError:
             if self._metrics is not None:
                 self._metrics.rejected_by_grammars()
             raise
+        self._check_ready()
+        return make(request_id, priority)
+
+    def _check_ready(self) -> None:
+        """Raises `EngineDeadError` if the core has been lost meanwhile."""
+        if self._dead_error is not None:
+            raise self._dead_error
+        assert self._loaded_inputs
 
     def warm_up_grammars(self) -> None:
         """Start the process for grammars, which would start with the first constraint. Returns at once."""
@@ -381,35 +355,20 @@ class AsyncEngine:
 
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False if running requests still hold some."""
-        return await self._ask(ResetPrefixCache(next(self._question_numbers)))
+        return await self._ask(ResetPrefixCache)
 
     async def start_profile(self) -> None:
         """Profile the steps from now on, as `profiler_config` says; RuntimeError if that cannot be done."""
-        await self._ask(Profile(next(self._question_numbers), starts=True))
+        await self._ask(partial(Profile, starts=True))
 
     async def stop_profile(self) -> None:
         """Write down what has been seen since `start_profile`; RuntimeError if that cannot be done."""
-        await self._ask(Profile(next(self._question_numbers), starts=False))
+        await self._ask(partial(Profile, starts=False))
 
-    async def _ask(self, question: ResetPrefixCache | Profile) -> bool:
-        """The core's answer; raises RuntimeError with its error, `EngineDeadError` if it is lost meanwhile."""
+    async def _ask(self, make: Callable[[int], ResetPrefixCache | Profile]) -> bool:
         await self.wait_ready()
         assert self._client is not None
-        answer = self._answers[question.number] = asyncio.get_running_loop().create_future()
-        self._client.send(question)
-        try:
-            return await answer
-        finally:
-            del self._answers[question.number]
-
-    def _take_answer(self, answer: Answer) -> None:
-        waiting = self._answers.get(answer.number)
-        if waiting is None or waiting.done():
-            return  # whoever asked has left
-        if answer.error is None:
-            waiting.set_result(answer.done)
-        else:
-            waiting.set_exception(RuntimeError(answer.error))
+        return await self._questions.ask(self._client, make)
 
     async def stats(self) -> dict[str, Any]:
         """The scheduler's counters as of its last step."""
@@ -481,7 +440,7 @@ class AsyncEngine:
                     self._take_info(message)
                     self._tasks.append(asyncio.create_task(self._watch_core(client)))
                 elif isinstance(message, Answer):
-                    self._take_answer(message)
+                    self._questions.take(message)
                 else:
                     self._take_updates(message)
         except EngineDeadError as error:
@@ -512,9 +471,7 @@ class AsyncEngine:
             timer.done("wait for the core")
             processes.insert(0, ("front", timer.phases))
         self._start_phases = processes
-        title = f"started in {sum(phase.seconds for phase in processes[0][1]):.2f} s"
-        text = title if logs_json() else f"{title}:\n{phase_table(processes)}"
-        logger.info(text, extra={"data": {"phases": phase_records(processes)}})
+        log_start(processes)
 
     async def _watch_core(self, client: CoreClient) -> None:
         why = await client.wait_until_hung(self.hang_timeout)
@@ -550,9 +507,7 @@ class AsyncEngine:
             self._meter.core_lost()
         for stream in self._streams.values():
             stream.put_nowait(error)
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(error)
+        self._questions.fail(error)
 
     def _take_updates(self, message: Updates) -> None:
         self._stats = msgspec.structs.asdict(message.stats)
@@ -592,21 +547,6 @@ class AsyncEngine:
         self._fail_streams(self._dead_error)
         if self._client is not None:
             self._client.kill()
-
-
-def cache_config(args: EngineArgs, info: CoreInfo) -> dict[str, Any]:
-    """What the metric about the KV cache tells, by vLLM's names."""
-    num_tokens = info.num_blocks * info.block_size
-    return {
-        "block_size": info.block_size,
-        "num_gpu_blocks": info.num_blocks,
-        "num_gpu_blocks_override": args.num_gpu_blocks_override,
-        "gpu_memory_utilization": args.gpu_memory_utilization,
-        "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
-        "kv_cache_size_tokens": num_tokens,
-        "kv_cache_max_concurrency": round(num_tokens / info.max_model_len, 2),
-        "enable_prefix_caching": args.enable_prefix_caching,
-    }
 
 
 AsyncLLM = AsyncLLMEngine = AsyncEngine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -93,6 +94,15 @@ class Front:
                 parameter="structured_outputs",
             )
         return self.grammars
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """What tokenizer_config.json says; empty where there is none."""
+        folder = self.config.tokenizer_path
+        path = None if folder is None else folder / "tokenizer_config.json"
+        if path is None or not path.is_file():
+            return {}
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config if isinstance(config, dict) else {}
 
     def close(self) -> None:
         """End what works in the background."""

@@ -12,6 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ..scheduler.draft_stats import DraftStats
 from ..scheduler.request import RequestInput, RequestUpdate
 from ..scheduler.scheduler import SchedulerStats
+from .config import EngineArgs
+from .messages import CoreInfo
 
 ENGINE_INDEX = "0"
 REJECTION_REASONS = ("queue_full", "grammars_busy")
@@ -337,3 +339,18 @@ def token_buckets(max_model_len: int) -> tuple[int, ...]:
         bounds += [step * power for step in (1, 2, 5) if step * power <= max_model_len]
         power *= 10
     return tuple(bounds)
+
+
+def cache_config(args: EngineArgs, info: CoreInfo) -> dict[str, Any]:
+    """What the metric about the KV cache tells, by vLLM's names."""
+    num_tokens = info.num_blocks * info.block_size
+    return {
+        "block_size": info.block_size,
+        "num_gpu_blocks": info.num_blocks,
+        "num_gpu_blocks_override": args.num_gpu_blocks_override,
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
+        "kv_cache_size_tokens": num_tokens,
+        "kv_cache_max_concurrency": round(num_tokens / info.max_model_len, 2),
+        "enable_prefix_caching": args.enable_prefix_caching,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -10,6 +11,9 @@ from typing import Any
 import msgspec
 
 from ..kvcache.budget import format_bytes
+from .logs import logs_json
+
+logger = logging.getLogger(__name__)
 
 
 class Phase(msgspec.Struct, frozen=True):
@@ -69,3 +73,11 @@ def phase_records(processes: Sequence[tuple[str, Sequence[Phase]]]) -> list[dict
         for process, phases in processes
         for phase in phases
     ]
+
+
+def log_start(processes: Sequence[tuple[str, Sequence[Phase]]]) -> None:
+    """Tell of a start, the first process being the one that its user waited for: as a table, or where logs are JSON, as
+    records."""
+    title = f"started in {sum(phase.seconds for phase in processes[0][1]):.2f} s"
+    text = title if logs_json() else f"{title}:\n{phase_table(processes)}"
+    logger.info(text, extra={"data": {"phases": phase_records(processes)}})

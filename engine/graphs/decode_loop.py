@@ -2,11 +2,12 @@
 
 The scheduler and the runner are the engine's own, and so are their plans. Only the prompts are left out: their plans
 are answered with a made-up token, and the runner is told of the requests as if they had come back from a preemption
-with everything computed. What lies in their KV blocks is whatever was there; it takes the same time to read.
+with everything computed. Their KV blocks hold zeros, which take as long to read as anything else.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -125,6 +126,10 @@ class DecodeLoop:
             refusal = self.scheduler.add(RequestInput(str(index), prompt, params))
             assert refusal is None, refusal.error
         self._admitted = self._skip_prompts()
+        if runner.device.type == "cpu":  # whose pages that were never written are all one, and read from its cache
+            for part in itertools.chain(*runner.caches):
+                for blocks in self._admitted.new_block_ids:
+                    part[blocks] = 0
 
     def _skip_prompts(self) -> StepPlan:
         """Answer the plan of the prompts without computing it."""

@@ -17,7 +17,7 @@ import torch
 from ...kvcache.tensors import allocate_kv_tensors
 from ...models.parallel import ParallelLayout
 from ...ops.cache_folder import cache_root
-from ...ops.cpu.build import KernelsUnavailable, chosen_form, cpu_features, is_built
+from ...ops.cpu.build import KernelsUnavailable, chosen_form, cpu_features, is_built, load_kernels
 from ...ops.npu import library
 from ...ops.table import OpTable, cpu_table, cuda_table, npu_table
 from ..build import Models, build_models, cache_spec, make_drafting
@@ -106,6 +106,7 @@ def bind_kernels(bind_table: Callable[[OpTable], None]) -> threading.Thread | No
 
     def bind() -> None:
         try:
+            load_kernels(low_priority=True)  # a start and its first requests go before
             bind_table(cpu_table())
         except KernelsUnavailable as error:
             logger.warning("the plain torch operators are used: %s", error)

@@ -23,6 +23,7 @@ import torch
 
 from ..cache_folder import CacheFolderError, cache_root, private_folder
 from ..file_lock import file_lock
+from .child import run_child
 
 logger = logging.getLogger("omni_engine")
 
@@ -62,10 +63,11 @@ _loaded: Loaded | None = None
 _refusal: KernelsUnavailable | None = None
 
 
-def load_kernels() -> None:
+def load_kernels(*, low_priority: bool = False) -> None:
     """Loads the operators `omni::…`, building them first where the cache has none. Later calls return at once.
 
-    Raises KernelsUnavailable, the same on every call, if they are switched off, or cannot be built or loaded.
+    `low_priority`: somebody else's work goes before the compilers'. Raises KernelsUnavailable, the same on every call,
+    if they are switched off, or cannot be built or loaded.
     """
     global _loaded, _refusal
     with _lock:
@@ -73,7 +75,7 @@ def load_kernels() -> None:
             raise _refusal
         if _loaded is None:
             try:
-                _loaded = _load(chosen_form())
+                _loaded = _load(chosen_form(), low_priority)
             except KernelsUnavailable as error:
                 _refusal = error
             if _refusal is not None:
@@ -216,7 +218,7 @@ def library_folder(compiler: list[str], form: str) -> Path:
     return cache_root() / "kernels" / build_key(compiler, form)
 
 
-def built_library(form: str) -> Path:
+def built_library(form: str, low_priority: bool = False) -> Path:
     """The path of the library for `form`, built where the cache lacks it or holds a damaged one."""
     compiler = find_compiler()
     folder = library_folder(compiler, form)
@@ -226,7 +228,7 @@ def built_library(form: str) -> Path:
         if not is_whole(folder):  # without the lock, so that a cache on a read-only disk is as good
             with file_lock(folder / "lock"):
                 if not is_whole(folder):
-                    build(compiler, form, folder)
+                    build(compiler, form, folder, low_priority)
     except CacheFolderError as error:
         raise KernelsUnavailable(str(error)) from error
     except OSError as error:
@@ -237,7 +239,7 @@ def built_library(form: str) -> Path:
     return folder / LIBRARY
 
 
-def build(compiler: list[str], form: str, folder: Path) -> None:
+def build(compiler: list[str], form: str, folder: Path, low_priority: bool = False) -> None:
     """Compiles all sources into `folder`, where they appear at once or not at all. The caller holds the lock."""
     logger.info("Building the CPU kernels (%s) with %s; this takes about half a minute, once.", form, compiler[0])
     start = time.monotonic()
@@ -252,10 +254,12 @@ def build(compiler: list[str], form: str, folder: Path) -> None:
             objects.append(f"{work / unit}.o")
             commands.append([*compiler, *flags, f"-I{SOURCES}", "-c", str(source), "-o", objects[-1]])
         with ThreadPoolExecutor(max(len(os.sched_getaffinity(0)), 1)) as pool:
-            list(pool.map(run_compiler, commands))
+            list(pool.map(lambda command: run_compiler(command, work, low_priority), commands))
         libraries = Path(torch.__file__).parent / "lib"
         run_compiler(
-            [*compiler, "-shared", *objects, f"-L{libraries}", "-ltorch_cpu", "-lc10", "-o", str(work / LIBRARY)]
+            [*compiler, "-shared", *objects, f"-L{libraries}", "-ltorch_cpu", "-lc10", "-o", str(work / LIBRARY)],
+            work,
+            low_priority,
         )
         manifest = {"sha256": hash_of(work / LIBRARY), "form": form, "torch": torch.__version__}
         (work / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
@@ -264,9 +268,9 @@ def build(compiler: list[str], form: str, folder: Path) -> None:
     logger.info("Built the CPU kernels in %.0f s: %s", time.monotonic() - start, folder / LIBRARY)
 
 
-def run_compiler(command: list[str]) -> None:
+def run_compiler(command: list[str], scratch: Path, low_priority: bool = False) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+        done = run_child(command, timeout=COMPILE_SECONDS, scratch=scratch, low_priority=low_priority)
     except (OSError, subprocess.SubprocessError) as error:
         raise KernelsUnavailable(f"the C++ compiler does not run; name another in $CXX: {error}") from error
     if done.returncode:
@@ -276,8 +280,8 @@ def run_compiler(command: list[str]) -> None:
         )
 
 
-def _load(form: str) -> Loaded:
-    path = built_library(form)
+def _load(form: str, low_priority: bool) -> Loaded:
+    path = built_library(form, low_priority)
     try:
         # Global, because libraries of compiled graphs look the kernels' C entries up by name.
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)

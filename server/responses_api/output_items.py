@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,7 +107,7 @@ def _places_of(text: str, logprobs: list[ChatTokenLogprobs]) -> tuple[int, int]:
     return places[0], places[-1] + 1
 
 
-class _Item:
+class _Item(ABC):
     """An item while it is open. Its text comes in events `response.<told_as>.delta`."""
 
     prefix = told_as = text_name = ""
@@ -122,13 +123,13 @@ class _Item:
     def text(self) -> str:
         return "".join(self._pieces)
 
+    @abstractmethod
     def snapshot(self, status: str) -> dict[str, Any]:
         """The item as it is now."""
-        raise NotImplementedError
 
     def part(self) -> dict[str, Any]:
         """The part of the item's content as it is now, where it has one."""
-        raise NotImplementedError
+        return {}
 
     def begin(self) -> Iterator[Event]:
         yield self._item_event("added", "in_progress")

@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from omni_engine.ops.cpu import build
 from omni_engine.ops.cpu.build import KernelsUnavailable
+from omni_engine.ops.cpu.child import run_child
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,6 +135,56 @@ def test_of_two_processes_one_builds_and_the_other_waits(answers: Path, tmp_path
     assert len(log.read_text().splitlines()) == 2  # one file compiled, one library linked
 
 
+@pytest.mark.parametrize("low_priority", [False, True])
+def test_the_compilers_of_a_killed_process_end_with_it(tmp_path: Path, low_priority: bool) -> None:
+    """Those too that a compiler has started."""
+    code = (
+        "import pathlib, sys\nfrom omni_engine.ops.cpu.child import run_child\n"
+        f"script = 'trap \"\" TERM; sleep 600 & echo $! $(nice) > {tmp_path}/started.new;' "
+        f"'mv {tmp_path}/started.new {tmp_path}/started; wait'\n"
+        f"run_child(['sh', '-c', script], timeout=600, scratch=pathlib.Path('{tmp_path}'), low_priority={low_priority})"
+    )
+    builder = subprocess.Popen([sys.executable, "-c", code])
+    started = tmp_path / "started"
+    wait_until(started.exists)
+    pid, niceness = map(int, started.read_text().split())
+    assert is_running(pid)
+    assert niceness == (19 if low_priority else os.nice(0))
+    builder.kill()
+    builder.wait()
+    wait_until(lambda: not is_running(pid))
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_a_compiler_says_and_returns_is_told(tmp_path: Path) -> None:
+    script = 'echo "$TMPDIR"; echo no >&2; read line; exit 3'
+    done = run_child(["sh", "-c", script], timeout=60, scratch=tmp_path, low_priority=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, f"{tmp_path}\n", "no\n")
+    assert run_child([str(tmp_path / "none")], timeout=60, scratch=tmp_path, low_priority=False).returncode == 127
+
+
+def test_a_compiler_that_does_not_end_is_ended(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    script = f"sleep 600 & echo $! > {started}; wait"
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_child(["sh", "-c", script], timeout=1, scratch=tmp_path, low_priority=False)
+    pid = int(started.read_text())
+    wait_until(lambda: not is_running(pid))
+
+
 def refusal() -> str:
     """What `load_kernels` says, twice the same."""
     with pytest.raises(KernelsUnavailable) as first:
@@ -221,7 +273,7 @@ def test_a_cache_that_cannot_be_written_to_is_told(answers: Path, monkeypatch: p
 def test_a_library_that_does_not_load_is_told(answers: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"no library")
-    monkeypatch.setattr(build, "built_library", lambda form: broken)
+    monkeypatch.setattr(build, "built_library", lambda form, low_priority: broken)
     assert f"remove {tmp_path} to build them anew" in refusal()
 
 
@@ -247,7 +299,7 @@ def test_forms_compile_where_they_cannot_run(form: str, unit: str, tmp_path: Pat
     source.write_text(text)
     # without optimisation: here it is the instructions that matter
     command = [*build.find_compiler(), *flags, "-O0", f"-I{build.SOURCES}", "-c", str(source)]
-    build.run_compiler([*command, "-o", str(tmp_path / "unit.o")])
+    build.run_compiler([*command, "-o", str(tmp_path / "unit.o")], tmp_path)
 
 
 @needs_compiler

@@ -48,12 +48,6 @@ struct BlockAhead {
   // To be asked for in the course of `tiles` calls.
   void spread(int64_t tiles) { lines_per_tile = (count * (parts[0].lines + parts[1].lines) + tiles - 1) / tiles; }
 
-  void ask_for_all() {
-    for (const Part& each : parts)
-      for (int64_t one = 0; one < count; ++one)
-        for (int64_t at = 0; at < each.lines; ++at) __builtin_prefetch(each.tokens[one] + at * kLineBytes, 0, 2);
-  }
-
   void ask(int64_t tiles = 1) {
     for (int64_t left = lines_per_tile * tiles; left > 0 && part < 2 && token < count; --left) {
       __builtin_prefetch(parts[part].tokens[token] + line * kLineBytes, 0, 2);
@@ -169,7 +163,8 @@ void attend(const Shape& shape, const Problem& problem) {
     // Nobody has asked for the first block, which is all that a short context has.
     BlockAhead first_block;
     shape.look_ahead(pages, first_unit, last_unit, begin, std::min(kBlock, end - begin), first_block);
-    first_block.ask_for_all();
+    first_block.spread(1);
+    first_block.ask();
     for (int64_t token = begin; token < end; token += kBlock) {
       const int64_t count = std::min(kBlock, end - token);
       BlockAhead ahead;
