@@ -4,7 +4,8 @@
     python benchmarks/peers/servers.py MODEL --load --vllm v-vllm/bin/python --llama-cpp llama.cpp/build/bin --pairs 5
 
 W6 starts every server in turn, `--pairs` times, and asks for one token until it comes; beside it stands the time that a
-Python takes to import torch. Peak memory is that of the processes of the server, shared pages counted once (PSS).
+Python takes to import torch. Peak memory is that of the processes of the server, shared pages counted once (PSS), in
+a start of its own.
 
 W5 (`--load`) first finds each server's capacity, the requests per second of a closed loop of `--concurrency`. Then a
 round starts every server in turn, warms it, and measures it twice: under Poisson arrivals at 70 % of the lowest
@@ -38,6 +39,7 @@ from llama_cpp import find_program, make_gguf
 from report import OURS, Spread
 from server_load import CLOSED, POISSON, apply_load, load_table
 
+HOST = "127.0.0.1"
 READY_SECONDS, POLL_SECONDS = 300.0, 0.02
 LOAD_SHARE = 0.7  # of the capacity of the slowest server
 WARMUP_SEED = 1_000_000
@@ -50,7 +52,7 @@ def server_commands(options: argparse.Namespace) -> dict[str, tuple[list[str], d
     model, port = str(options.model), str(options.port)
     limits = ["--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "32"]
     ours = Path(sys.executable).with_name("omni-engine")
-    flags = [*limits, "--port", port]
+    flags = [*limits, "--host", HOST, "--port", port]
     commands = {OURS: ([str(ours), "serve", model, *flags, *options.serve_flag], {"OMP_NUM_THREADS": "2"})}
     if options.vllm:
         command = [options.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
@@ -61,7 +63,7 @@ def server_commands(options: argparse.Namespace) -> dict[str, tuple[list[str], d
             program = find_program(options.llama_cpp, "llama-server")
             # Under load as many places as the others have; for the start, what a user of one model would give it.
             places = ["-np", "32", "-c", "32768"] if options.load else ["-np", "8", "-c", "8192"]
-            command = [program, "-m", f"{model}.gguf", "--port", port, "-t", "2", "-tb", "2", *places]
+            command = [program, "-m", f"{model}.gguf", "--host", HOST, "--port", port, "-t", "2", "-tb", "2", *places]
             commands[LLAMA_CPP] = (command, {})
         except RuntimeError as error:
             _tell_not_run(LLAMA_CPP, error)
@@ -144,9 +146,17 @@ def running(command: Sequence[str], environment: Mapping[str, str], log: Path) -
                 os.waitpid(pid, 0)
 
 
-def start_once(command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> tuple[float, float]:
-    """Seconds from the start of the process to its first token, and the peak of its memory in MB."""
-    begin, peak, stopped = time.perf_counter(), [0.0], threading.Event()
+def time_start(command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> float:
+    """Seconds from the start of the process to its first token."""
+    begin = time.perf_counter()
+    with running(command, environment, log) as process:
+        first_token(url, process)
+        return time.perf_counter() - begin
+
+
+def peak_of_start(command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> float:
+    """The peak of its memory in MB until the first token."""
+    peak, stopped = [0.0], threading.Event()
     with running(command, environment, log) as process:
 
         def watch() -> None:
@@ -157,12 +167,10 @@ def start_once(command: Sequence[str], environment: Mapping[str, str], url: str,
         watcher.start()
         try:
             first_token(url, process)
-            seconds = time.perf_counter() - begin
-            peak[0] = max(peak[0], memory_mb(process.pid))
         finally:
             stopped.set()
             watcher.join()
-    return seconds, peak[0]
+        return max(peak[0], memory_mb(process.pid))
 
 
 def measure_starts(options: argparse.Namespace, url: str) -> None:
@@ -172,7 +180,9 @@ def measure_starts(options: argparse.Namespace, url: str) -> None:
     for _ in range(options.pairs):
         for name, (command, environment) in list(commands.items()):
             try:
-                taken, peak = start_once(command, environment, url, options.logs / f"{name}.log")
+                log = options.logs / f"{name}.log"
+                taken = time_start(command, environment, url, log)
+                peak = peak_of_start(command, environment, url, log)  # another one, which looking at it may slow down
             except (RuntimeError, OSError) as error:
                 _tell_not_run(name, error)
                 del commands[name]
@@ -230,8 +240,8 @@ def measure_load(options: argparse.Namespace, url: str) -> None:
     commands = server_commands(options) if options.pairs else {}
     if commands:
         ours, environment = commands[OURS]
-        at_port = ours.index("--port")
-        compiling = [ours[0], "compile", *ours[2:at_port], *ours[at_port + 2 :]]
+        place = ours.index("--host")
+        compiling = [ours[0], "compile", *ours[2:place], *ours[place + 4 :]]
         if subprocess.run(compiling, env={**os.environ, **environment}, stdout=subprocess.DEVNULL).returncode:
             print(f"{OURS} runs without its graphs, for the reason above", file=sys.stderr, flush=True)
     rate, run, capacities = options.rate, time.strftime("%Y-%m-%dT%H:%M:%S"), {}
@@ -274,7 +284,7 @@ def main() -> None:
     parser.add_argument("--serve-flag", action="append", default=[], help="further flag of `omni-engine serve`")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended too
-    url = f"http://127.0.0.1:{options.port}/v1"
+    url = f"http://{HOST}:{options.port}/v1"
     if options.load:
         measure_load(options, url)
     else:

@@ -85,9 +85,21 @@ def work(job: WorkerJob, requests: Any, answer: Any) -> None:
         answer(msgspec.json.encode(WorkerAnswer(request.key, time.monotonic() - start, error, is_last)) + b"\n")
 
 
+def end_session_with_this_process() -> None:
+    """Let the compilers that this process, which leads a session, starts end when it is killed. Before any thread."""
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        os.close(writing)
+        os.read(reading, 1)  # there is nothing to be read until the other end has gone
+        os.killpg(0, signal.SIGKILL)
+    os.close(reading)
+
+
 def main() -> int:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.getsid(0) == os.getpid():
+        end_session_with_this_process()
     os.nice(LOWEST_PRIORITY)
     with contextlib.suppress(OSError):  # a session is scheduled as a group, which has a niceness of its own
         Path("/proc/self/autogroup").write_text(str(LOWEST_PRIORITY))

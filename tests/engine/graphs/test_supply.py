@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -150,6 +152,29 @@ def test_the_end_of_the_compiling_process_is_told_and_costs_no_request(compiler,
         assert engine._core.runner.graphs.wait(30)
     assert tokens(engine) == expected
     assert "the compiling process ended" in caplog.text
+
+
+def session(leader):
+    """Its processes that live."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, of = path.read_text().rpartition(")")[2].split()[:4]
+            if int(of) == leader and state != "Z":
+                found.append(path)
+    return found
+
+
+def test_what_a_killed_compiling_process_has_started_ends_with_it():
+    code = (
+        "import subprocess\nfrom omni_engine.engine.graphs.worker import end_session_with_this_process\n"
+        "end_session_with_this_process()\nsubprocess.Popen(['sleep', '600']).wait()"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    wait_for(lambda: len(session(worker.pid)) == 3)
+    worker.kill()
+    wait_for(lambda: not session(worker.pid))
+    worker.wait()
 
 
 def test_closing_an_engine_ends_its_compiling_process(compiler, checkpoint, cache):
