@@ -137,6 +137,21 @@ class DemoModel(nn.Module):
             losses.append(self._loss(hidden[:, :-1], tokens[:, deeper + 1 :]))
         return losses
 
+    def draft_losses(self, tokens: Tensor, depth: int, temperature: float) -> list[Tensor]:
+        """Mean Kullback-Leibler divergences in nats, of the `depth` tokens beyond the body's next one, from the body's
+        own distribution at `temperature`, which is what verification holds drafts against."""
+        with torch.no_grad():
+            hidden = self.hidden(tokens)
+            embedded = self.body.model.embed_tokens(tokens)
+            wanted = (self.body.lm_head(hidden) / temperature).softmax(-1)
+        losses = []
+        for deeper in range(1, depth + 1):
+            hidden = self.predict(hidden[:, :-1], embedded[:, deeper:])
+            logits = self.body.lm_head(hidden).flatten(0, 1)
+            targets = wanted[:, deeper:].flatten(0, 1)
+            losses.append(functional.kl_div(logits.log_softmax(-1), targets, reduction="batchmean"))
+        return losses
+
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(self.body.lm_head(hidden).flatten(0, 1), targets.flatten())
 

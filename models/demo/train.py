@@ -3,6 +3,8 @@
     python models/demo/train.py dense kjv.txt models/demo/deepseek --work demo-training
     python models/demo/train.py sparse kjv.txt models/demo/deepseek-v32 --work demo-training \\
         --dense models/demo/deepseek
+    python models/demo/train.py drafts kjv.txt models/demo/deepseek --work demo-training \\
+        --dense models/demo/deepseek
 
 It is no part of the package; README.md beside it says where the text comes from. The same command goes on after an
 interruption.
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from corpus import Corpus, documents, excerpt, read_corpus, train_tokenizer
@@ -35,6 +38,10 @@ BIAS_RATE = 0.003  # how far a step moves the bias of an expert that has too muc
 
 DENSE_TOKENS, DENSE_STEPS = 4096, 370  # tokens of a step; steps
 SHORT = 256  # tokens of a training sequence at first; in the last tenth of the steps they are as long as the context
+
+DRAFTS_TOKENS, DRAFTS_STEPS = 4096, 420
+DRAFTS_SHARE = 0.5  # of the dense model's rates, to begin with
+DRAFTS_TEMPERATURE = 0.7  # that of generation_config.json
 
 SPARSE_TOKENS = 2048
 WARM_UP_STEPS, SPARSE_STEPS = 50, 30  # steps of the indexers alone, steps of the whole
@@ -200,34 +207,63 @@ def sparse_training(model: SparseModel) -> Training:
     return Training(model, optimizers, outer, rates, loss, lambda _: model.balance(0.0), WARM_UP_STEPS + SPARSE_STEPS)
 
 
+def drafts_training(model: DemoModel, steps: int) -> Training:
+    """The prediction layer alone, to draft what the trained body would say."""
+    model.requires_grad_(False)
+    model.mtp.requires_grad_(True)
+    inner, outer, _ = parameter_kinds(model)
+    inner, outer = ([each for each in kind if each.requires_grad] for kind in (inner, outer))
+
+    def rates(step: int) -> dict[str, float]:
+        """Warm-up, then linear to zero."""
+        share = DRAFTS_SHARE * min((step + 1) / 20, (steps - step) / steps)
+        return {"muon": MUON_RATE * share, "adam": ADAM_RATE * share}
+
+    def loss(step: int, tokens: Tensor) -> str:
+        losses = model.draft_losses(tokens, 3, DRAFTS_TEMPERATURE)
+        (losses[0] + 0.5 * losses[1] + 0.25 * losses[2]).backward()  # a deeper draft counts where those before it do
+        return f"loss {' '.join(f'{value.item():.3f}' for value in losses)}"
+
+    optimizers = {"muon": Muon(inner, MUON_RATE, weight_decay=0.0), "adam": adam(outer)}
+    return Training(model, optimizers, outer, rates, loss, lambda _: model.balance(0.0), steps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled demo models.")
-    parser.add_argument("kind", choices=("dense", "sparse"))
+    parser.add_argument("kind", choices=("dense", "sparse", "drafts"))
     parser.add_argument("text", type=Path, help="lines of a reference and a verse, as `bible -f` prints them")
     parser.add_argument("output", type=Path, help="folder of the checkpoint")
     parser.add_argument("--work", type=Path, required=True, help="folder of the training state, to go on from")
-    parser.add_argument("--dense", type=Path, help="checkpoint of the dense model, for the sparse one to begin with")
-    parser.add_argument("--steps", type=int, default=DENSE_STEPS, help="of the dense model")
+    parser.add_argument("--dense", type=Path, help="checkpoint of the dense model, for the others to begin with")
+    parser.add_argument("--steps", type=int, help=f"of the dense model ({DENSE_STEPS}) or the drafts ({DRAFTS_STEPS})")
     parser.add_argument("--minutes", type=float, default=60, help="stop with an error when these are over")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    if (arguments.kind == "sparse") != (arguments.dense is not None):
-        parser.error("--dense goes with the sparse model, and it needs one")
+    if (arguments.kind == "dense") != (arguments.dense is None):
+        parser.error("--dense goes with the sparse model and with drafts, and they need one")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     for folder in (arguments.work, arguments.output):
         folder.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
     corpus = read_corpus(arguments.text)
     tokenizer = train_tokenizer(corpus, CONFIG["vocab_size"])
     if arguments.kind == "dense":
         model = dense_model()
-        training = dense_training(model, arguments.steps)
+        training = dense_training(model, arguments.steps or DENSE_STEPS)
         steps = training.steps
         lengths = [SHORT if step < steps * 9 // 10 else CONTEXT for step in range(steps)]
         data = batches(corpus, tokenizer, arguments.seed, DENSE_TOKENS, lengths)
         size = DENSE_TOKENS
-        settings = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    elif arguments.kind == "drafts":
+        model = dense_model()
+        absent = load_published(model, arguments.dense)
+        if absent:
+            raise SystemExit(f"the dense checkpoint must have all tensors, it lacks: {absent}")
+        training = drafts_training(model, arguments.steps or DRAFTS_STEPS)
+        data = batches(corpus, tokenizer, arguments.seed + 2, DRAFTS_TOKENS, [SHORT] * training.steps)
+        size = DRAFTS_TOKENS
     else:
         model = sparse_model()
         absent = [name for name in load_published(model, arguments.dense) if ".indexer." not in name]
@@ -256,6 +292,9 @@ def main() -> None:
         report |= evaluate_sparse(model, tokenizer, corpus)
     else:
         report |= evaluate(model, tokenizer, corpus)
+    if arguments.kind == "drafts":  # the last steps of a model that has a report
+        earlier = json.loads((arguments.dense / "training.json").read_text())
+        report = {**report, "dense_training": earlier.get("dense_training", earlier)}
     write_json(arguments.output / "training.json", report)
     print(json.dumps(report, indent=1))
 
