@@ -65,6 +65,9 @@ class CheckedRunner:
         assert decoded == output
         return decoded
 
+    def close(self) -> None:
+        self.runner.close()
+
 
 def greedy(**fields):
     return SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, **fields)
