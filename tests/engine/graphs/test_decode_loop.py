@@ -50,6 +50,17 @@ def test_a_loop_decodes_behind_a_context_that_nobody_computed(core, loop):
     made.scheduler.check_integrity()
 
 
+def test_the_blocks_of_the_context_have_been_written(core, loop):
+    """Pages that were never written would be one page to the system, and read from the processor's cache."""
+    for part in core.runner.caches[0]:
+        part.fill_(float("nan"))
+    made = loop()
+    blocks = [block for request in made.scheduler.running for block in request.blocks.block_ids]
+    assert len(blocks) == 3 * 2
+    for part in core.runner.caches[0]:
+        assert not part[blocks].isnan().any() and part.isnan().any()
+
+
 def test_every_step_is_one_decode_step_of_the_whole_batch(core, loop, monkeypatch):
     made = loop()
     plans = []

@@ -41,7 +41,8 @@ def complete(url, body):
         return json.loads(response.read())["choices"][0]["message"]["content"]
 
 
-def test_a_conversation_an_abort_and_the_engine_live(chromium, serve_demo):
+def test_a_conversation_an_abort_and_the_engine_live(chromium, serve_demo, monkeypatch):
+    monkeypatch.setenv("OMNI_ENGINE_CPU_KERNELS", "0")  # slow enough to be looked at
     server = serve_demo(*SPECULATION)
 
     async def scenario():
@@ -66,7 +67,7 @@ def test_a_conversation_an_abort_and_the_engine_live(chromium, serve_demo):
             await page.click("#set-max_tokens")
             await page.evaluate("document.getElementById('set-max_tokens').select()")
             await page.type("900")
-            await say(page, "Go on for a long time.")
+            await say(page, "What comes next?")  # which the model knows no end of
             await page.wait("[...document.querySelectorAll('.turn.model .prose')].at(-1).innerText.length > 40", 60)
             await page.click("#tab-engine")
             await page.wait("document.querySelector('#tile-running b').textContent === '1'", 20)
