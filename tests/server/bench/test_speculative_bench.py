@@ -116,7 +116,7 @@ def test_tokens_that_speculation_changes_are_noticed(bench, monkeypatch):
     monkeypatch.setattr("omni_engine.engine.build.accept_equal", lambda drafts, *_: (drafts >= 0).sum(dim=1))
     _, result = bench(DEMO, "--depths", "3", "--batch-sizes", "2")
     none, three = result["results"][0]["engines"]
-    assert none["same_tokens"] == 1.0 and three["same_tokens"] < 0.5
+    assert none["same_tokens"] == 1.0 and three["same_tokens"] < 1.0
     assert three["spec_decode_acceptance_rate"] > 99
 
 
