@@ -28,18 +28,17 @@ from .input_processor import InputProcessor, ProcessedRequest
 from .inputs import PromptType
 from .load import LoadMeter
 from .messages import Abort, Add, Answer, CoreInfo, Profile, ResetPrefixCache, Updates, Watch
-from .metrics import EngineMetrics, cache_config
 from .output_processor import AnyState, RequestState
 from .outputs import RequestOutput
-from .phases import Phase, PhaseTimer, log_start
+from .phases import Phase, PhaseTimer
 from .pooling.input import PoolingInputProcessor
 from .pooling.outputs import PoolingOutput, PoolingRequestOutput
 from .pooling.scoring import ScoringPlan, plan_scores
 from .pooling.state import PoolingState
 from .preparation import INLINE_ENCODE_CHARACTERS, prepare, prepare_pooling
 from .questions import Questions
-from .stats_log import StatsLog
 from .structured.threads import GrammarThreads
+from .telemetry import Telemetry
 from .tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
@@ -76,7 +75,6 @@ class AsyncEngine:
         self.restart_core = restart_core
         self.served_model_name = served_model_name or args.model
         self.metrics_registry = CollectorRegistry()
-        self._metrics: EngineMetrics | None = None
         self._front: Front | None = None
         self._inputs: InputProcessor | None = None
         self._client: CoreClient | None = None
@@ -84,10 +82,8 @@ class AsyncEngine:
         self._starting: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
         self._info: CoreInfo | None = None
-        self._start_phases: list[tuple[str, list[Phase]]] = []
-        self._meter: LoadMeter | None = None
         self._stats: dict[str, Any] = {}
-        self._stats_log = None if args.disable_log_stats else StatsLog(time.monotonic())
+        self._telemetry = Telemetry(disable_log_stats=args.disable_log_stats)
         self._dead_error: EngineDeadError | None = None
         self._streams: dict[str, asyncio.Queue[Any]] = {}
         self._closing = False
@@ -147,8 +143,7 @@ class AsyncEngine:
             self._die(EngineDeadError(str(error)))
             raise
         self._tasks.append(asyncio.create_task(self._read_core(self._client)))
-        if self._stats_log is not None:
-            self._tasks.append(asyncio.create_task(self._log_stats(self._stats_log)))
+        self._tasks.append(asyncio.create_task(self._telemetry.write_log(lambda: self.errored)))
 
     async def wait_ready(self) -> None:
         """Wait until requests can be served; raises `EngineDeadError` if loading failed."""
@@ -277,27 +272,21 @@ class AsyncEngine:
         inputs = self._loaded_inputs
         if not isinstance(inputs, PoolingInputProcessor):
             return inputs.process(request_id, prompt, params)  # which says what is wrong
-        make = await prepare_pooling(self._loaded_front, inputs, prompt, params)
-        self._check_ready()
-        return make(request_id, priority)
+        tokens, params = await prepare_pooling(self._loaded_front, inputs, prompt, params)
+        await self.check_health()
+        return inputs.admit(request_id, tokens, params, priority=priority)
 
     async def _process(
         self, request_id: str, prompt: PromptType, params: SamplingParams, priority: int
     ) -> ProcessedRequest:
         try:
-            make = await prepare(self._loaded_front, self._loaded_inputs, self._grammars, prompt, params)
+            inputs = self._loaded_inputs
+            prompt, grammar = await prepare(self._loaded_front, inputs, self._grammars, prompt, params)
         except RequestRejectedError:
-            if self._metrics is not None:
-                self._metrics.rejected_by_grammars()
+            self._telemetry.reject_for_grammars()
             raise
-        self._check_ready()
-        return make(request_id, priority)
-
-    def _check_ready(self) -> None:
-        """Raises `EngineDeadError` if the core has been lost meanwhile."""
-        if self._dead_error is not None:
-            raise self._dead_error
-        assert self._loaded_inputs
+        await self.check_health()
+        return self._loaded_inputs.process(request_id, prompt, params, priority=priority, grammar=grammar)
 
     def warm_up_grammars(self) -> None:
         """Start the process for grammars, which would start with the first constraint. Returns at once."""
@@ -310,8 +299,7 @@ class AsyncEngine:
         self._loaded_front.outputs.add(state)
         stream: asyncio.Queue[Any] = asyncio.Queue()
         self._streams[request.key] = stream
-        if self._metrics is not None:
-            self._metrics.add(request.core_requests)
+        self._telemetry.add(request.core_requests)
         for core_request in request.core_requests:
             self._client.send(Add(core_request))
         return stream
@@ -320,7 +308,7 @@ class AsyncEngine:
         """Drop a request; whatever of it is still being computed is aborted."""
         self._streams.pop(key, None)
         core_ids = self._loaded_front.outputs.remove(key)
-        self._count_ends(core_ids, "abort")
+        self._telemetry.end(core_ids, "abort")
         if core_ids and self._client is not None and not self.errored:
             self._client.send(Abort(core_ids))
 
@@ -382,20 +370,20 @@ class AsyncEngine:
     @property
     def start_phases(self) -> list[tuple[str, list[Phase]]]:
         """How long each phase of the last start took, by process; empty before the engine is ready."""
-        return self._start_phases
+        return self._telemetry.start_phases
 
     @contextmanager
     def watched(self) -> Iterator[LoadMeter]:
         """A meter of the load from here to the end of the block. Outside of it the core reports no step, and nothing is
         counted. One at a time: RuntimeError. It may begin before the engine is ready and outlives a lost core."""
-        if self._meter is not None:
-            raise RuntimeError(f"the engine is watched already; share the meter: {self._meter}")
-        self._meter = LoadMeter(time.monotonic())
+        if self._telemetry.meter is not None:
+            raise RuntimeError(f"the engine is watched already; share the meter: {self._telemetry.meter}")
+        self._telemetry.meter = meter = LoadMeter(time.monotonic())
         self._send_watch(True)
         try:
-            yield self._meter
+            yield meter
         finally:
-            self._meter = None
+            self._telemetry.meter = None
             self._send_watch(False)
 
     def _send_watch(self, wanted: bool) -> None:
@@ -452,26 +440,12 @@ class AsyncEngine:
     def _take_info(self, info: CoreInfo) -> None:
         self._info = info
         self._inputs = self._loaded_front.input_processor(info.max_model_len)
-        if self._meter is not None:
+        if self._telemetry.meter is not None:
             self._send_watch(True)
-        if self._metrics is None and not self.args.disable_log_stats:
-            speculation = self.config.speculation
-            self._metrics = EngineMetrics(
-                self.metrics_registry, self.served_model_name, info.max_model_len, cache_config(self.args, info),
-                num_drafts=0 if speculation is None else speculation.choice.num_drafts,
-            )  # fmt: skip
-        self._tell_start(info)
+        self._telemetry.begin(self.metrics_registry, self.served_model_name, self.config, info)
+        timer, self._timer = self._timer, PhaseTimer()  # a core that is started anew tells of its own phases only
+        self._telemetry.tell_start(timer, info)
         self._ready.set()
-
-    def _tell_start(self, info: CoreInfo) -> None:
-        """Log how long each phase took; of a core that was started anew, its own."""
-        timer, self._timer = self._timer, PhaseTimer()
-        processes = [("core", info.phases)]
-        if timer.phases:
-            timer.done("wait for the core")
-            processes.insert(0, ("front", timer.phases))
-        self._start_phases = processes
-        log_start(processes)
 
     async def _watch_core(self, client: CoreClient) -> None:
         why = await client.wait_until_hung(self.hang_timeout)
@@ -501,43 +475,21 @@ class AsyncEngine:
         self._tasks.append(asyncio.create_task(self._read_core(self._client)))
 
     def _fail_streams(self, error: EngineDeadError) -> None:
-        if self._metrics is not None:
-            self._metrics.core_lost()
-        if self._meter is not None:
-            self._meter.core_lost()
+        self._telemetry.lose_core()
         for stream in self._streams.values():
             stream.put_nowait(error)
         self._questions.fail(error)
 
     def _take_updates(self, message: Updates) -> None:
         self._stats = msgspec.structs.asdict(message.stats)
-        if self._metrics is not None:
-            self._metrics.take(message.updates, message.stats)
         result = self._loaded_front.outputs.process(message.updates)
-        self._count_ends(result.core_ids_to_abort, "stop")  # what ends with an error has been counted by now
-        if self._stats_log is not None:
-            self._stats_log.count(message.stats, result.num_prompt_tokens, result.num_new_tokens)
-        if self._meter is not None:
-            self._meter.take(
-                message.updates, message.stats, message.load,
-                result.num_prompt_tokens, result.num_new_tokens, time.monotonic(),
-            )  # fmt: skip
+        self._telemetry.take(message, result)
         if result.core_ids_to_abort and self._client is not None:
             self._client.send(Abort(result.core_ids_to_abort))
         for state, item in itertools.chain(result.outputs, result.failures):
             stream = self._streams.get(state.key)
             if stream is not None:
                 stream.put_nowait(item)
-
-    def _count_ends(self, core_ids: Sequence[str], reason: str) -> None:
-        if self._metrics is not None:
-            for core_id in core_ids:
-                self._metrics.end(core_id, reason)
-
-    async def _log_stats(self, log: StatsLog) -> None:
-        while not self.errored:
-            await asyncio.sleep(log.interval)
-            log.write()
 
     def _die(self, error: EngineDeadError) -> None:
         """From here on every request, running or new, gets `error`."""

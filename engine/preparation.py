@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..scheduler.pooling_params import PoolingParams
 from ..scheduler.sampling_params import SamplingParams
 from .front import Front
-from .input_processor import InputProcessor, ProcessedRequest
+from .input_processor import InputProcessor
 from .inputs import PromptType, is_conversation
 from .pooling.input import PoolingInputProcessor
 from .structured.threads import GrammarThreads
@@ -20,9 +20,10 @@ INLINE_ENCODE_CHARACTERS = 4096
 
 async def prepare(
     front: Front, inputs: InputProcessor, grammars: GrammarThreads, prompt: PromptType, params: SamplingParams
-) -> Callable[..., ProcessedRequest]:
-    """Read a conversation, tokenize a long text and check a grammar, all in threads -> `make(request_id, priority=)`,
-    which does the rest at once. Raises `ValidationError`, and `RequestRejectedError` where grammars have no place."""
+) -> tuple[PromptType, str | None]:
+    """Read a conversation, tokenize a long text and check a grammar, all in threads -> the prompt and the grammar as
+    `InputProcessor.process` takes them. Raises `ValidationError`, and `RequestRejectedError` where grammars have no
+    place."""
     if is_conversation(prompt) or (isinstance(prompt, Mapping) and "messages" in prompt):
         prompt = await asyncio.to_thread(front.read_chat, prompt)
     text = prompt if isinstance(prompt, str) else prompt.get("prompt") if isinstance(prompt, Mapping) else None
@@ -31,16 +32,15 @@ async def prepare(
         if given.get("prompt_token_ids") is None:
             given["prompt_token_ids"] = await asyncio.to_thread(inputs.encode, text)
         prompt = given  # type: ignore[assignment]
-    grammar = None
-    if params.structured_outputs is not None:
-        grammar = await grammars.check(front.grammar_checker, params.structured_outputs)
-    return lambda request_id, priority: inputs.process(request_id, prompt, params, priority=priority, grammar=grammar)
+    if params.structured_outputs is None:
+        return prompt, None
+    return prompt, await grammars.check(front.grammar_checker, params.structured_outputs)
 
 
 async def prepare_pooling(
     front: Front, inputs: PoolingInputProcessor, prompt: Any, params: PoolingParams
-) -> Callable[..., ProcessedRequest]:
-    """As `prepare`, for a pooling model; prompts as `PoolingInputProcessor` takes them."""
+) -> tuple[Any, PoolingParams]:
+    """As `prepare`, for a pooling model -> tokens and parameters as `PoolingInputProcessor.admit` takes them."""
     if is_conversation(prompt):
         prompt = {"messages": prompt, "add_generation_prompt": False}
     if isinstance(prompt, Mapping) and "messages" in prompt:
@@ -48,7 +48,5 @@ async def prepare_pooling(
     params = inputs.complete(params)
     texts = (prompt.get("prompt"), prompt.get("text_pair")) if isinstance(prompt, Mapping) else (prompt,)
     if sum(len(text) for text in texts if isinstance(text, str)) > INLINE_ENCODE_CHARACTERS:
-        tokenized = await asyncio.to_thread(inputs.tokenize, prompt, params)
-    else:
-        tokenized = inputs.tokenize(prompt, params)
-    return lambda request_id, priority: inputs.admit(request_id, tokenized, params, priority=priority)
+        return await asyncio.to_thread(inputs.tokenize, prompt, params), params
+    return inputs.tokenize(prompt, params), params

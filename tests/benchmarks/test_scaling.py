@@ -46,10 +46,21 @@ def test_the_picture_is_one_svg_with_a_line_for_every_series(scaling):
 
 
 @pytest.mark.full  # it compiles graphs
-def test_a_run_measures_every_point(scaling, monkeypatch, tmp_path, capsys):
+def test_a_run_measures_every_point_over_blocks_that_it_has_written(scaling, monkeypatch, tmp_path, capsys):
     tiny = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     tiny |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
     monkeypatch.setitem(scaling.SHAPES, scaling.MODEL, ("llama", 1e4, tiny))
+    missing = []
+
+    def look(core, timed, point, steps, measure=scaling.measure):
+        parts = [part for parts in timed.graphs.caches for part in parts]
+        for part in parts:
+            part.fill_(float("nan"))
+        measure(core, timed, point, steps)
+        written = min(int((~part.flatten(1).isnan().any(1)).sum()) for part in parts)
+        missing.append(point.batch * (point.context // scaling.BLOCK_SIZE) - written)
+
+    monkeypatch.setattr(scaling, "measure", look)
     words = ["--batch-sizes", "1", "2", "--contexts", "32", "64", "--rounds", "2", "--steps", "2"]
     monkeypatch.setattr(sys, "argv", ["scaling", "--output", str(tmp_path / "scaling.svg"), *words])
     scaling.main()
@@ -58,3 +69,4 @@ def test_a_run_measures_every_point(scaling, monkeypatch, tmp_path, capsys):
     assert all(len(p["token_ms"]) == len(p["host_us"]) == 2 and min(p["token_ms"]) > 0 for p in saved["points"])
     assert "| 8 | 64 |" in capsys.readouterr().out
     assert (tmp_path / "scaling.svg").read_text().startswith("<svg")
+    assert len(missing) == 2 * 5 and max(missing) <= 0

@@ -51,7 +51,7 @@ async def storm(args, num_requests):
             break
         await asyncio.sleep(0.02)
     assert (stats["num_running"], stats["num_waiting"], stats["kv_cache_usage"]) == (0, 0, 0)
-    assert not engine._streams and not engine._front.outputs.requests and not engine._metrics._sequences
+    assert not engine._streams and not engine._front.outputs.requests and not engine._telemetry._metrics._sequences
     assert await survive(engine, 3) == calm[3]
     assert open_files(engine) == files
     assert resident_kib(engine) - pages < 30 * 1024

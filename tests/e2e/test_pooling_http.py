@@ -261,6 +261,7 @@ def test_bad_requests_are_told_what_is_wrong(
 
 
 def test_a_pooling_server_counts_what_it_computes(servers: dict[str, Server]) -> None:
+    assert servers["score"].post("/score", {"text_1": "one", "text_2": "two"})[0] == 200
     connection = http.client.HTTPConnection("127.0.0.1", servers["score"].port, timeout=60)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
