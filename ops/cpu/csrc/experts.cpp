@@ -26,9 +26,10 @@ struct Chosen {  // an expert that some token chose, and where its rows lie amon
 template <class T>
 void dot_weights(const T* weight, int64_t weight_stride, int64_t count, const Staged<T>* x, int64_t x_stride,
                  int64_t columns, int64_t size, float* sums, int64_t stride) {
-  for (int64_t row = 0; row < count; row += kBlockRows) {
+  const int64_t at_once = rows_at_once<T>(columns, size);
+  for (int64_t row = 0; row < count; row += at_once) {
     const T* from = weight + row * weight_stride;
-    const int64_t rows = std::min(kBlockRows, count - row);
+    const int64_t rows = std::min(at_once, count - row);
     dot_matrix<T>(from, weight_stride, rows, x, x_stride, columns, size, sums + row, stride, count - row - rows);
   }
 }

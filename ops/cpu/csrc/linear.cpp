@@ -15,7 +15,6 @@ namespace {
 constexpr int64_t kStagedRows = 256;  // rows of x that are staged at a time
 constexpr int64_t kRowsToShare = 16;  // from which on threads share the staging
 constexpr int64_t kTasksPerThread = 8;
-static_assert(kBlockRows == 8, "outputs are rounded eight at a time");
 
 template <class T>
 void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64_t first, int64_t count) {
@@ -28,24 +27,23 @@ void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64
   for_each_task((blocks + blocks_per_task - 1) / blocks_per_task, [&](int64_t task) {
     const int64_t begin = task * blocks_per_task * kBlockRows;
     const int64_t end = std::min(begin + blocks_per_task * kBlockRows, outputs);
-    float sums[kColumnsAtOnce * kBlockRows];
+    float sums[kColumnsAtOnce * kRowsAtOnce];
     for (int64_t row = 0; row < count; row += kColumnsAtOnce) {
       const int64_t rows = std::min(kColumnsAtOnce, count - row);
-      for (int64_t n = begin; n < end; n += kBlockRows) {
-        const int64_t width = std::min(kBlockRows, end - n);
+      const int64_t at_once = rows_at_once<T>(rows, inputs);
+      for (int64_t n = begin; n < end; n += at_once) {
+        const int64_t width = std::min(at_once, end - n);
         const T* from = weight + n * problem.weight_stride;
-        dot_matrix<T>(from, problem.weight_stride, width, x + row * x_stride, x_stride, rows, inputs, sums, kBlockRows,
+        dot_matrix<T>(from, problem.weight_stride, width, x + row * x_stride, x_stride, rows, inputs, sums, kRowsAtOnce,
                       row == 0 ? end - n - width : 0);
         for (int64_t m = 0; m < rows; ++m) {
           T* to = output + (row + m) * problem.output_stride + n;
-          float* from = sums + m * kBlockRows;
+          float* from = sums + m * kRowsAtOnce;
           if (bias)
             for (int64_t r = 0; r < width; ++r) from[r] += to_float(bias[n + r]);
-          if (width == kBlockRows) {
-            narrow_eight<T>(from, to);
-          } else {
-            for (int64_t r = 0; r < width; ++r) to[r] = narrow<T>(from[r]);
-          }
+          int64_t r = 0;
+          for (; r + 8 <= width; r += 8) narrow_eight<T>(from + r, to + r);
+          for (; r < width; ++r) to[r] = narrow<T>(from[r]);
         }
       }
     }
@@ -64,7 +62,7 @@ void linear_of(const Linear& problem) {
     }
   }
   static thread_local Scratch scratch;
-  const int64_t stride = staged_size<T>(problem.inputs);
+  const int64_t stride = staged_size<T>(problem.inputs) + kPad;
   auto* staged = scratch.reserve<Staged<T>>(std::min(kStagedRows, problem.rows) * stride);
   for (int64_t row = 0; row < problem.rows; row += kStagedRows) {
     const int64_t count = std::min(kStagedRows, problem.rows - row);

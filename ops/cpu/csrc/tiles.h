@@ -231,17 +231,31 @@ OMNI_INLINE void for_each_sum(Floats (&partial)[kRows][kColumns], const Function
   }
 }
 
-constexpr int64_t kInputsAtOnce = 512;  // elements of a row that stay in the first-level cache with kBlockRows rows
 constexpr int64_t kBlockRows = 8;
-constexpr int64_t kColumnsAtOnce = 96;   // staged columns that dot_matrix takes at most
+constexpr int64_t kInputsAtOnce = 768;  // elements of a row that stay in the first-level cache with kBlockRows rows,
+constexpr int64_t kFewInputsAtOnce = 512;  // and with the same of few columns, which are read again before others come
+constexpr int64_t kFewColumns = 16;
+constexpr int64_t kRowsAtOnce = 32;     // rows that dot_matrix takes at most,
+constexpr int64_t kColumnsAtOnce = 96;  // and staged columns
+constexpr int64_t kColumnBytes = 256 << 10;  // of columns that stay in the second-level cache with all their inputs
 constexpr int64_t kColumnsToStage = 2 * kTileColumns + 1;  // from which on staging rows is repaid
+constexpr int64_t kPad = 32 / sizeof(float);  // between rows: two loads of a cycle lie in different halves of a line
 
-// sums[column * stride + row] of `count` rows that lie `row_stride` apart, for at most kColumnsAtOnce staged columns.
-// `following`: how many rows behind them will be read next; memory is asked for them.
+// How many rows dot_matrix should be given: more than a block where the columns would not stay in the cache otherwise,
+// no more where they do, because rows are read from memory faster as a whole.
+template <class T>
+inline int64_t rows_at_once(int64_t columns, int64_t size) {
+  const bool stays = columns * size * int64_t(sizeof(Staged<T>)) <= kColumnBytes;
+  return stays || Staging<T>::kSame ? kBlockRows : kRowsAtOnce;
+}
+
+// sums[column * stride + row] of `count` rows that lie `row_stride` apart, at most kRowsAtOnce, for at most
+// kColumnsAtOnce staged columns. `following`: how many rows behind them will be read next; memory is asked for them.
 //
 // Where there are more columns than some tiles have, a block of rows and inputs that fits into the first-level cache is
-// staged too, so that it is widened once, and meets all columns before the next block does. The lanes of unfinished
-// sums are kept in between, so the order of addition is that of one pass.
+// staged too, so that it is widened once, and meets all columns before the next block does; all rows meet some inputs
+// of the columns before any meets the next. The lanes of unfinished sums are kept in between, so the order of addition
+// is that of one pass.
 template <class T>
 inline void dot_matrix(const T* matrix, int64_t row_stride, int64_t count, const Staged<T>* x, int64_t x_stride,
                        int64_t columns, int64_t size, float* sums, int64_t stride, int64_t following) {
@@ -256,29 +270,42 @@ inline void dot_matrix(const T* matrix, int64_t row_stride, int64_t count, const
       dot_columns<T, kTileRows>(rows, x, x_stride, columns, size, sums + row, stride, ahead);
     }
   } else {
-    if (following > 0) ahead = {address(count), address(count + std::min(following, kBlockRows))};
-    alignas(kVectorBytes) Staged<T> block[Staging<T>::kSame ? 1 : kBlockRows * kInputsAtOnce];
-    Floats unfinished[kColumnsAtOnce * kBlockRows];
-    for (int64_t first = 0; first < whole; first += kBlockRows) {
-      const int64_t last = std::min(first + kBlockRows, whole);
-      for (int64_t at = 0; at < size; at += kInputsAtOnce) {
-        const int64_t inputs = std::min(kInputsAtOnce, size - at);
+    constexpr int64_t kBlockStride = kInputsAtOnce + kPad;
+    alignas(kVectorBytes) Staged<T> block[Staging<T>::kSame ? 1 : kBlockRows * kBlockStride];
+    Floats unfinished[kColumnsAtOnce * kRowsAtOnce];
+    if (following > 0 && count <= kBlockRows)
+      ahead = {address(count), address(count + std::min(following, kBlockRows))};
+    const int64_t inputs_at_once = columns > kFewColumns ? kInputsAtOnce : kFewInputsAtOnce;
+    for (int64_t at = 0; at < size; at += inputs_at_once) {
+      const int64_t inputs = std::min(inputs_at_once, size - at);
+      Floats* kept = unfinished;
+      for (int64_t first = 0; first < whole; first += kBlockRows) {
+        const int64_t last = std::min(first + kBlockRows, whole);
         const Staged<T>* staged = block;
-        int64_t staged_stride = kInputsAtOnce, staged_inputs = staged_size<T>(inputs);
+        int64_t staged_stride = kBlockStride, staged_inputs = staged_size<T>(inputs);
         if constexpr (Staging<T>::kSame) {
           staged = matrix + first * row_stride + at;
           staged_stride = row_stride, staged_inputs = inputs;
         } else {
           constexpr int64_t kLine = kLineBytes / sizeof(T);  // what comes next is asked for as fast as this is read
           for (int64_t row = first; row < last; ++row) {
+            if (count > kBlockRows) {
+              int64_t next = row + kBlockRows, next_at = at;
+              if (next >= whole && at + inputs < size) {
+                next -= whole, next_at += inputs;
+              } else if (next >= whole) {
+                next_at = 0;
+              }
+              const char* begin = address(next) + next_at * sizeof(T);
+              ahead = {begin, next < count + following ? begin + inputs * sizeof(T) : begin};
+            }
             for (int64_t from = 0; from < inputs; from += kLine) {
               ahead.ask<1>();
               stage<T>(matrix + row * row_stride + at + from, std::min(kLine, inputs - from),
-                       block + (row - first) * kInputsAtOnce + from);
+                       block + (row - first) * kBlockStride + from);
             }
           }
         }
-        Floats* kept = unfinished;
         const int64_t groups = (columns + kTileColumns - 1) / kTileColumns;
         const int64_t lines = Staging<T>::kSame ? (last - first) * inputs * int64_t(sizeof(T)) / kLineBytes : 0;
         for_each_column_group(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
