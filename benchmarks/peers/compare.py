@@ -10,6 +10,9 @@ reported as not run.
 All engines of a model stay loaded, each in a process of its own, stopped while another one is measured. A round takes
 one sample of each, in an order that is reversed from round to round; the ratios are those within a round. A sample
 during which other processes took more than 6 % of the processors is taken again, twice at most.
+
+Before omni-engine is measured, its tokens are checked (check.py), once for each state of its code; if they are wrong,
+it is reported as not run.
 """
 
 from __future__ import annotations
@@ -23,17 +26,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bounds import Rates
+from check import BOUNDS, check
 from checkpoints import SHAPES, export_for_openvino, write_checkpoint
 from llama_cpp import NAME as LLAMA_CPP
 from llama_cpp import BatchedBench
 from report import OURS, markdown
+from running import Worker
 from workloads import WORKLOADS
+
+from omni_engine.engine.graphs.key import installed_versions
 
 HERE = Path(__file__).parent
 MOST_FOREIGN, RETRIES = 0.06, 2
@@ -46,64 +53,6 @@ torch.set_num_threads(2)
 rates = measure_machine_rates(torch.device("cpu"), "bfloat16")
 print(json.dumps({"bytes_per_second": rates.bytes_per_second, "flops_per_second": rates.flops_per_second}))
 """
-
-
-@dataclass
-class Worker:
-    """A running engine, stopped whenever it is not asked for anything."""
-
-    name: str
-    version: str
-    process: subprocess.Popen[str]
-
-    @classmethod
-    def start(cls, name: str, python: str, engine: str, model: Path, environment: dict[str, str], extra: str) -> Worker:
-        """Load the engine; raises RuntimeError if it ends before it is ready. What it prints goes to `MODEL.NAME.log`
-        beside the checkpoint."""
-        command = [python, str(HERE / "worker.py"), "--engine", engine, "--model", str(model), "--extra", extra]
-        with (model.parent / f"{model.name}.{name}.log").open("w") as log:
-            process = subprocess.Popen(
-                command,
-                env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", **environment},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        worker = cls(name, "", process)
-        ready = worker._answer()
-        worker.version = ready["version"]
-        print(f"{name} {worker.version}: loaded in {ready['load_seconds']:.1f} s", file=sys.stderr, flush=True)
-        process.send_signal(signal.SIGSTOP)
-        return worker
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def runs(self, workload: str) -> bool:
-        return True
-
-    def sample(self, workload: str, seed: int) -> dict[str, Any]:
-        """Of the workload, new for every seed. Raises RuntimeError if the engine has ended."""
-        assert self.process.stdin is not None
-        self.process.send_signal(signal.SIGCONT)
-        self.process.stdin.write(json.dumps({"workload": workload, "seed": seed}) + "\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        self.process.send_signal(signal.SIGSTOP)
-        return answer
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}; see its log beside the model")
-        return json.loads(line)
 
 
 def busy_seconds() -> float:
@@ -132,7 +81,24 @@ def guarded(take: Callable[[int], dict[str, Any]], pid: int) -> dict[str, Any]:
     return sample
 
 
-def start_engines(options: argparse.Namespace, model: Path) -> list[Worker | BatchedBench]:
+def ensure_checked(options: argparse.Namespace, model: Path, samples: Path) -> None:
+    """Check omni-engine's tokens, unless `samples` says that this code has passed with this model. Raises RuntimeError
+    if they are wrong."""
+    versions = {**installed_versions(), "extra": options.extra}
+    passed = [json.loads(line) for line in samples.read_text().splitlines()] if samples.exists() else []
+    for dtype in BOUNDS:
+        mark = {"model": model.name, "checked": dtype, "versions": versions}
+        if any({key: record.get(key) for key in mark} == mark for record in passed):
+            continue
+        result = check(model, dtype, json.loads(options.extra))
+        print(f"{model.name} {result.text()}", file=sys.stderr, flush=True)
+        if not result.passed:
+            raise RuntimeError(f"its tokens are wrong: {result.text()}")
+        with samples.open("a") as file:
+            file.write(json.dumps({**mark, **asdict(result), "round": f"{options.run}/0"}) + "\n")
+
+
+def start_engines(options: argparse.Namespace, model: Path, samples: Path) -> list[Worker | BatchedBench]:
     """Every engine whose environment is given, and which runs this model."""
     vllm = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": KV_GIB, "VLLM_CPU_OMP_THREADS_BIND": "0-1"}
     wanted: list[tuple[str, str | None, str, dict[str, str]]] = [
@@ -148,6 +114,8 @@ def start_engines(options: argparse.Namespace, model: Path) -> list[Worker | Bat
             continue
         extra = options.extra if name == OURS else "{}"
         try:
+            if name == OURS:
+                ensure_checked(options, model, samples)
             if engine == "openvino":
                 export_for_openvino(model, python)
             engines.append(Worker.start(name, python, engine, model, environment, extra))
@@ -166,10 +134,15 @@ def _tell_not_run(name: str, model: Path, error: Exception) -> None:
 
 
 def compare_model(
-    options: argparse.Namespace, model: Path, deadline: float, add: Callable[..., None], add_rates: Callable[[], None]
+    options: argparse.Namespace,
+    model: Path,
+    samples: Path,
+    deadline: float,
+    add: Callable[..., None],
+    add_rates: Callable[[], None],
 ) -> None:
     """The machine's rates, then all rounds of all workloads of one model, as long as there is time."""
-    engines = start_engines(options, model)
+    engines = start_engines(options, model, samples)
     if options.pause:
         print(f"loaded; to go on: kill -CONT {os.getpid()}", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -260,7 +233,7 @@ def main() -> None:
                 file.write(json.dumps(rates) + "\n")
 
         for name in options.models:
-            compare_model(options, write_checkpoint(options.folder, name), deadline, add, add_rates)
+            compare_model(options, write_checkpoint(options.folder, name), samples, deadline, add, add_rates)
     records = [json.loads(line) for line in samples.read_text().splitlines()] if samples.exists() else []
     if options.only_run:
         records = [record for record in records if record["round"].rsplit("/", 1)[0] in options.only_run]

@@ -1,4 +1,5 @@
-"""One engine with one model in one process: it loads, says so, and answers each line on stdin with a sample.
+"""One engine with one model in one process: it loads, says so, and answers each line on stdin with a sample of a
+workload, or with the tokens that it makes of the workload's prompts.
 
     PYTHON worker.py --engine vllm --model checkpoints/llama-160m
 
@@ -20,7 +21,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from workloads import WORKLOADS, Generate, Prompts, measure
+from workloads import WORKLOADS, Generate, Prompts, draw_prompts, measure
 
 THREADS = 2
 MAX_LENGTH, MAX_REQUESTS, KV_BYTES = 4096, 32, 2 * 2**30
@@ -56,15 +57,15 @@ def start_omni_engine(model: str, extra: dict[str, Any]) -> tuple[str, Generate]
 
 def _load(module: Any, arguments: dict[str, Any]) -> Any:
     common = {"dtype": "bfloat16", "max_model_len": MAX_LENGTH, "max_num_seqs": MAX_REQUESTS, "seed": 0}
-    return module.LLM(**common, **arguments)
+    return module.LLM(**common | arguments)
 
 
 def _vllm_like(module: Any, llm: Any) -> Generate:
 
-    def generate(prompts: Prompts, output: int) -> Sequence[int]:
+    def generate(prompts: Prompts, output: int) -> Sequence[Sequence[int]]:
         sampling = module.SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, detokenize=False)
         answers = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-        return [len(answer.outputs[0].token_ids) for answer in answers]
+        return [list(answer.outputs[0].token_ids) for answer in answers]
 
     return generate
 
@@ -88,12 +89,12 @@ def start_openvino(model: str, extra: dict[str, Any]) -> tuple[str, Generate]:
     }
     pipeline = genai.ContinuousBatchingPipeline(f"{model}-openvino", scheduler, "CPU", properties)
 
-    def generate(prompts: Prompts, output: int) -> Sequence[int]:
+    def generate(prompts: Prompts, output: int) -> Sequence[Sequence[int]]:
         config = genai.GenerationConfig()
         config.max_new_tokens = config.min_new_tokens = output
         config.ignore_eos, config.do_sample = True, False
         inputs = [openvino.Tensor(numpy.array([prompt], dtype=numpy.int64)) for prompt in prompts]
-        return [len(each.m_generation_ids[0]) for each in pipeline.generate(inputs, [config] * len(prompts))]
+        return [list(each.m_generation_ids[0]) for each in pipeline.generate(inputs, [config] * len(prompts))]
 
     return importlib.metadata.version("openvino-genai"), generate
 
@@ -122,7 +123,11 @@ def main() -> None:
     answer(version=version, load_seconds=loaded - begin, first_seconds=time.perf_counter() - loaded)
     for line in sys.stdin:
         order = json.loads(line)
-        value = measure(WORKLOADS[order["workload"]], order["seed"], generate)
+        workload = WORKLOADS[order["workload"]]
+        if order.get("tokens"):
+            answer(tokens=generate(draw_prompts(workload, order["seed"]), workload.output))
+            continue
+        value = measure(workload, order["seed"], generate)
         answer(value=value, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 FIRST_TOKEN, LAST_TOKEN = 10, 31_990  # within the vocabulary of every checkpoint, and none of its special tokens
 
 Prompts = list[list[int]]
-Generate = Callable[[Prompts, int], Sequence[int]]  # prompts, tokens to make for each -> how many each got
+Generate = Callable[[Prompts, int], Sequence[Sequence[int]]]  # prompts, tokens to make for each -> those that each got
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ def measure(workload: Workload, seed: int, generate: Generate) -> float:
 
 def _seconds(prompts: Prompts, output: int, generate: Generate) -> float:
     begin = time.perf_counter()
-    lengths = generate(prompts, output)
+    answers = generate(prompts, output)
     seconds = time.perf_counter() - begin
-    if list(lengths) != [output] * len(prompts):
-        raise RuntimeError(f"every answer must have {output} tokens: {list(lengths)}")
+    lengths = [len(tokens) for tokens in answers]
+    if lengths != [output] * len(prompts):
+        raise RuntimeError(f"every answer must have {output} tokens: {lengths}")
     return seconds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
 import subprocess
@@ -33,17 +32,6 @@ PUBLISHED = {
     "deepseek-tiny": (2.4, 4.3, 5.9, 310, 3345, 2681),
     "deepseek-tiny576": (3.2, 5.2, 8.2, 527, 2163, 1554),
 }
-
-
-@pytest.fixture
-def peers(monkeypatch):
-    """The modules of the folder, imported as its command does, and forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(PEERS))
-    names = [path.stem for path in PEERS.glob("*.py")]
-    assert not set(names) & set(sys.modules)
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names if name != "worker"})
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 def config_of(peers, name):
@@ -88,7 +76,7 @@ def test_time_per_token_leaves_out_what_comes_before_the_first(peers, monkeypatc
 
     def generate(prompts, output):
         clock[0] += 7.0 + 0.01 * output
-        return [output] * len(prompts)
+        return [[7] * output] * len(prompts)
 
     assert peers.workloads.measure(peers.workloads.WORKLOADS["W2b8"], 3, generate) == pytest.approx(10.0)
     assert peers.workloads.measure(peers.workloads.WORKLOADS["W3"], 3, generate) == pytest.approx(7010.0)
@@ -96,7 +84,9 @@ def test_time_per_token_leaves_out_what_comes_before_the_first(peers, monkeypatc
 
 def test_an_answer_of_another_length_is_no_sample(peers):
     with pytest.raises(RuntimeError, match="must have 128 tokens"):
-        peers.workloads.measure(peers.workloads.WORKLOADS["W1"], 0, lambda prompts, output: [output - 1] * len(prompts))
+        peers.workloads.measure(
+            peers.workloads.WORKLOADS["W1"], 0, lambda prompts, output: [[7] * (output - 1)] * len(prompts)
+        )
 
 
 def test_ratios_are_those_of_rounds(peers):
@@ -163,3 +153,26 @@ def test_a_server_that_ends_is_told_from_one_that_is_slow(peers, tmp_path):
         pytest.raises(RuntimeError, match="ended with status 3"),
     ):
         peers.servers.first_token("http://127.0.0.1:9/v1", process)
+
+
+def test_tokens_are_checked_once_for_each_state_of_the_code_and_wrong_ones_stop_the_measuring(
+    peers, tmp_path, monkeypatch
+):
+    samples, asked = tmp_path / "samples.jsonl", []
+    wrong = {"float32": False, "bfloat16": False}
+
+    def check(model, dtype, extra):
+        asked.append((model.name, dtype, extra))
+        return peers.check.Check.of(dtype, [9.0 if wrong[dtype] else 0.0] * 10)
+
+    monkeypatch.setattr(peers.compare, "check", check)
+    options = SimpleNamespace(extra='{"block_size": 8}', run="now")
+    for _ in range(2):
+        peers.compare.ensure_checked(options, tmp_path / "one", samples)
+    assert asked == [("one", dtype, {"block_size": 8}) for dtype in wrong]
+    monkeypatch.setattr(peers.compare, "installed_versions", lambda: {"code": "other"})
+    wrong["bfloat16"] = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="bfloat16: 0 of 10 tokens"):
+            peers.compare.ensure_checked(options, tmp_path / "one", samples)
+    assert [dtype for _, dtype, _ in asked[2:]] == ["float32", "bfloat16", "bfloat16"]
