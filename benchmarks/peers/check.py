@@ -29,8 +29,10 @@ from workloads import WORKLOADS, Prompts, draw_prompts
 WORKLOAD, SEED = "W1", 0
 PLAIN_REQUESTS = 4  # of the 32: plain bfloat16 products are slow
 # By dtype: how far, in nats, a token's logarithm of the probability may be below the likeliest one's, and the share of
-# the tokens that must keep to it. In bfloat16 another expert is chosen now and then where two have nearly one score.
+# the tokens that must keep to it. With experts that is less in bfloat16: where two have nearly one score, its rounding
+# chooses, and all that follows is another sum.
 BOUNDS = {"float32": (1e-3, 1.0), "bfloat16": (0.05, 0.98)}
+SHARE_WITH_EXPERTS = 0.9
 KERNELS = "OMNI_ENGINE_CPU_KERNELS"
 
 
@@ -43,28 +45,30 @@ class Check:
     likeliest: int
     within: int
     worst: float
+    wanted: float
 
     @classmethod
-    def of(cls, dtype: str, margins: Sequence[float]) -> Check:
-        bound, _ = BOUNDS[dtype]
+    def of(cls, dtype: str, margins: Sequence[float], *, experts: bool = False) -> Check:
+        bound, wanted = BOUNDS[dtype]
         return cls(
             dtype,
             len(margins),
             sum(margin <= 0 for margin in margins),
             sum(margin <= bound for margin in margins),  # a NaN is not
             max(margins),
+            min(wanted, SHARE_WITH_EXPERTS) if experts and dtype == "bfloat16" else wanted,
         )
 
     @property
     def passed(self) -> bool:
-        return self.within >= BOUNDS[self.dtype][1] * self.tokens > 0
+        return self.within >= self.wanted * self.tokens > 0
 
     def text(self) -> str:
         reference = "transformers" if self.dtype == "float32" else "plain eager steps"
-        bound, share = BOUNDS[self.dtype]
+        bound, _ = BOUNDS[self.dtype]
         return (
             f"{self.dtype}: {self.likeliest} of {self.tokens} tokens are the likeliest of {reference}, {self.within} "
-            f"within {bound} of it (wanted {share:.0%}), farthest {self.worst:.4f}: {'ok' if self.passed else 'FAILED'}"
+            f"within {bound} of it (wanted {self.wanted:.0%}), farthest {self.worst:.4f}: {'ok' if self.passed else 'FAILED'}"
         )
 
 
@@ -119,7 +123,9 @@ def check(model: Path, dtype: str, extra: dict[str, Any]) -> Check:
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"plain steps failed with status {done.returncode}: {done.stderr[-2000:]}")
-    return Check.of(dtype, json.loads(done.stdout.splitlines()[-1]))
+    config = json.loads((model / "config.json").read_text())
+    experts = any("experts" in key for key in config)
+    return Check.of(dtype, json.loads(done.stdout.splitlines()[-1]), experts=experts)
 
 
 def main() -> None:

@@ -60,4 +60,7 @@ def test_right_tokens_pass_and_one_wrong_one_does_not(peers, answers, reference)
 def test_bfloat16_may_differ_now_and_then_and_no_more(peers):
     passes = [peers.check.Check.of("bfloat16", [0.0] * 98 + [0.3] * many).passed for many in (2, 3)]
     assert passes == [True, False]
+    margins = [0.0] * 90 + [0.3] * 10
+    passes = [peers.check.Check.of(dtype, margins, experts=True).passed for dtype in ("bfloat16", "float32")]
+    assert passes == [True, False]
     assert not peers.check.Check.of("float32", [0.0] * 99 + [math.nan]).passed
