@@ -68,7 +68,8 @@ class Check:
         bound, _ = BOUNDS[self.dtype]
         return (
             f"{self.dtype}: {self.likeliest} of {self.tokens} tokens are the likeliest of {reference}, {self.within} "
-            f"within {bound} of it (wanted {self.wanted:.0%}), farthest {self.worst:.4f}: {'ok' if self.passed else 'FAILED'}"
+            f"within {bound} of it (wanted {self.wanted:.0%}), farthest {self.worst:.4f}: "
+            f"{'ok' if self.passed else 'FAILED'}"
         )
 
 
