@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -83,7 +82,7 @@ class AsyncEngine:
         self._ready = asyncio.Event()
         self._info: CoreInfo | None = None
         self._stats: dict[str, Any] = {}
-        self._telemetry = Telemetry(disable_log_stats=args.disable_log_stats)
+        self._telemetry = Telemetry(self._timer, disable_log_stats=args.disable_log_stats)
         self._dead_error: EngineDeadError | None = None
         self._streams: dict[str, asyncio.Queue[Any]] = {}
         self._closing = False
@@ -376,15 +375,12 @@ class AsyncEngine:
     def watched(self) -> Iterator[LoadMeter]:
         """A meter of the load from here to the end of the block. Outside of it the core reports no step, and nothing is
         counted. One at a time: RuntimeError. It may begin before the engine is ready and outlives a lost core."""
-        if self._telemetry.meter is not None:
-            raise RuntimeError(f"the engine is watched already; share the meter: {self._telemetry.meter}")
-        self._telemetry.meter = meter = LoadMeter(time.monotonic())
-        self._send_watch(True)
-        try:
-            yield meter
-        finally:
-            self._telemetry.meter = None
-            self._send_watch(False)
+        with self._telemetry.watch() as meter:
+            self._send_watch(True)
+            try:
+                yield meter
+            finally:
+                self._send_watch(False)
 
     def _send_watch(self, wanted: bool) -> None:
         if self._client is not None and self.is_ready:
@@ -443,8 +439,6 @@ class AsyncEngine:
         if self._telemetry.meter is not None:
             self._send_watch(True)
         self._telemetry.begin(self.metrics_registry, self.served_model_name, self.config, info)
-        timer, self._timer = self._timer, PhaseTimer()  # a core that is started anew tells of its own phases only
-        self._telemetry.tell_start(timer, info)
         self._ready.set()
 
     async def _watch_core(self, client: CoreClient) -> None:

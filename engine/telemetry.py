@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry
 
@@ -19,29 +20,40 @@ from .stats_log import StatsLog
 
 
 class Telemetry:
-    """`meter` is there while somebody looks; metrics and lines, unless `disable_log_stats` is set."""
+    """`meter` is there while somebody looks; metrics and lines, unless `disable_log_stats` is set. `timer` has the
+    phases of the start before the core was waited for."""
 
-    def __init__(self, *, disable_log_stats: bool) -> None:
+    def __init__(self, timer: PhaseTimer, *, disable_log_stats: bool) -> None:
         self.meter: LoadMeter | None = None
         self.start_phases: list[tuple[str, list[Phase]]] = []  # of each process, once the core is ready
+        self._timer: PhaseTimer | None = timer
         self._log = None if disable_log_stats else StatsLog(time.monotonic())
         self._metrics: EngineMetrics | None = None
 
     def begin(self, registry: CollectorRegistry, served_model_name: str, config: EngineConfig, info: CoreInfo) -> None:
-        """The core is ready, for the first time or again: metrics go into `registry`, where they stay."""
+        """The core is ready, for the first time or again: its start is logged; metrics go into `registry`, and stay."""
+        self.start_phases = [("core", info.phases)]
+        if self._timer is not None:  # a core that is started anew tells of its own phases only
+            self._timer.done("wait for the core")
+            self.start_phases.insert(0, ("front", self._timer.phases))
+            self._timer = None
+        log_start(self.start_phases)
         if self._log is None or self._metrics is not None:
             return
         num_drafts = 0 if config.speculation is None else config.speculation.choice.num_drafts
         cache = cache_config(config.args, info)
         self._metrics = EngineMetrics(registry, served_model_name, info.max_model_len, cache, num_drafts=num_drafts)
 
-    def tell_start(self, timer: PhaseTimer, info: CoreInfo) -> None:
-        """Log how long each phase took; `timer` has those before the core was waited for, none if it was replaced."""
-        self.start_phases = [("core", info.phases)]
-        if timer.phases:
-            timer.done("wait for the core")
-            self.start_phases.insert(0, ("front", timer.phases))
-        log_start(self.start_phases)
+    @contextmanager
+    def watch(self) -> Iterator[LoadMeter]:
+        """A meter from here to the end of the block; one at a time: RuntimeError."""
+        if self.meter is not None:
+            raise RuntimeError(f"the engine is watched already; share the meter: {self.meter}")
+        self.meter = LoadMeter(time.monotonic())
+        try:
+            yield self.meter
+        finally:
+            self.meter = None
 
     def add(self, core_requests: Iterable[RequestInput]) -> None:
         """These go to the core now."""

@@ -27,7 +27,7 @@ from running import Worker
 from workloads import WORKLOADS, Prompts, draw_prompts
 
 WORKLOAD, SEED = "W1", 0
-PLAIN_REQUESTS = 4  # of the 32: plain bfloat16 products are slow
+REQUESTS = {"float32": 32, "bfloat16": 4}  # of the 32: plain bfloat16 products are slow
 # By dtype: how far, in nats, a token's logarithm of the probability may be below the likeliest one's, and the share of
 # the tokens that must keep to it. With experts that is less in bfloat16: where two have nearly one score, its rounding
 # chooses, and all that follows is another sum.
@@ -89,12 +89,12 @@ def transformers_margins(model: Path, prompts: Prompts, answers: Prompts) -> lis
     return margins
 
 
-def plain_margins(model: str, prompts: Prompts, answers: Prompts) -> list[float]:
+def plain_margins(model: Path, prompts: Prompts, answers: Prompts) -> list[float]:
     """The same by this engine without graphs and, where the environment says so, without kernels, in bfloat16."""
     from omni_engine import LLM, SamplingParams
 
     length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)) + 1
-    llm = LLM(model, dtype="bfloat16", enforce_eager=True, max_model_len=length, max_num_seqs=len(prompts))
+    llm = LLM(str(model), dtype="bfloat16", enforce_eager=True, max_model_len=length, max_num_seqs=len(prompts))
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, prompt_logprobs=1, detokenize=False)
     whole: list[Any] = [{"prompt_token_ids": prompt + answer} for prompt, answer in zip(prompts, answers, strict=True)]
     margins: list[float] = []
@@ -106,6 +106,21 @@ def plain_margins(model: str, prompts: Prompts, answers: Prompts) -> list[float]
     return margins
 
 
+# By dtype; each runs in a process of its own, so that a comparison's holds no torch.
+REFERENCES = {"float32": transformers_margins, "bfloat16": plain_margins}
+
+
+def reference_margins(model: Path, dtype: str, prompts: Prompts, answers: Prompts) -> list[float]:
+    """Of the reference for that dtype. Raises RuntimeError if its process fails."""
+    asked = json.dumps({"prompts": prompts, "answers": answers})
+    command = [sys.executable, __file__, str(model), "--reference", dtype]
+    environment = {**os.environ, KERNELS: "0"}
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the reference for {dtype} failed with status {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def check(model: Path, dtype: str, extra: dict[str, Any]) -> Check:
     """Of one checkpoint; `extra` are further arguments of the engine. Raises RuntimeError if a process fails."""
     prompts = draw_prompts(WORKLOADS[WORKLOAD], SEED)
@@ -115,18 +130,9 @@ def check(model: Path, dtype: str, extra: dict[str, Any]) -> Check:
         answers = worker.tokens(WORKLOAD, SEED)
     finally:
         worker.end()
-    if dtype == "float32":
-        return Check.of(dtype, transformers_margins(model, prompts, answers))
-    asked = {"prompts": prompts[:PLAIN_REQUESTS], "answers": answers[:PLAIN_REQUESTS]}
-    done = subprocess.run(
-        [sys.executable, __file__, str(model), "--plain"],
-        input=json.dumps(asked), capture_output=True, text=True, env={**os.environ, KERNELS: "0"}, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"plain steps failed with status {done.returncode}: {done.stderr[-2000:]}")
-    config = json.loads((model / "config.json").read_text())
-    experts = any("experts" in key for key in config)
-    return Check.of(dtype, json.loads(done.stdout.splitlines()[-1]), experts=experts)
+    count = REQUESTS[dtype]
+    experts = any("experts" in key for key in json.loads((model / "config.json").read_text()))
+    return Check.of(dtype, reference_margins(model, dtype, prompts[:count], answers[:count]), experts=experts)
 
 
 def main() -> None:
@@ -135,10 +141,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="MODEL")
     parser.add_argument("--dtypes", nargs="+", choices=BOUNDS, default=list(BOUNDS), metavar="DTYPE")
     parser.add_argument("--extra", type=json.loads, default={}, help="JSON: further arguments of omni-engine")
-    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)  # the other process
+    parser.add_argument("--reference", choices=REFERENCES, help=argparse.SUPPRESS)  # the other process, of one model
     options = parser.parse_args()
-    if options.plain:
-        print(json.dumps(plain_margins(str(options.folder), **json.load(sys.stdin))))
+    if options.reference:
+        print(json.dumps(REFERENCES[options.reference](options.folder, **json.load(sys.stdin))))
         return
     checks = []
     for name in options.models:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -34,27 +30,24 @@ def wrong(found):
     return [found[0], [*found[1][:3], (found[1][3] + 1) % 256, *found[1][4:]]]
 
 
-def by_transformers(peers, model, found):
-    return peers.check.Check.of("float32", peers.check.transformers_margins(model, PROMPTS, found))
-
-
-def by_plain_steps(peers, model, found):
-    done = subprocess.run(
-        [sys.executable, peers.check.__file__, str(model), "--plain"],
-        input=json.dumps({"prompts": PROMPTS, "answers": found}), capture_output=True, text=True, check=True,
-        env={**os.environ, peers.check.KERNELS: "0"},
-    )  # fmt: skip
-    return peers.check.Check.of("float32", json.loads(done.stdout.splitlines()[-1]))  # with float32's narrow bound
-
-
-@pytest.mark.parametrize("reference", [by_transformers, by_plain_steps])
+@pytest.mark.parametrize("reference", ["float32", "bfloat16"])
 def test_right_tokens_pass_and_one_wrong_one_does_not(peers, answers, reference):
     model, found = answers
-    right = reference(peers, model, found)
+
+    def checked(tokens):  # with float32's narrow bound: nothing is near between so few tokens
+        margins = peers.check.reference_margins(model, reference, PROMPTS, tokens)
+        return peers.check.Check.of("float32", margins)
+
+    right = checked(found)
     assert right.passed and (right.tokens, right.within) == (12, 12)
-    result = reference(peers, model, wrong(found))
+    result = checked(wrong(found))
     assert not result.passed and result.within < 12 and result.worst > 1e-3
     assert "FAILED" in result.text() and "ok" in right.text()
+
+
+def test_a_reference_that_fails_says_why(peers, tmp_path):
+    with pytest.raises(RuntimeError, match=r"reference for float32 failed with status 1: (.|\n)*Error"):
+        peers.check.reference_margins(tmp_path, "float32", PROMPTS, PROMPTS)
 
 
 def test_bfloat16_may_differ_now_and_then_and_no_more(peers):

@@ -7,12 +7,9 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
 
 LLAMA = {
     "model_type": "llama",
@@ -127,11 +124,11 @@ def test_a_line_of_llama_batched_bench_becomes_the_workloads_metric(peers):
     assert peers.llama_cpp.metric_of(row, "W1") == pytest.approx(32 * 128 / 2.1)
 
 
-def test_without_peers_the_command_prints_what_is_there(tmp_path):
+def test_without_peers_the_command_prints_what_is_there(peers, tmp_path):
     (tmp_path / "llama-160m").mkdir()
     (tmp_path / "llama-160m" / "config.json").write_text(json.dumps(LLAMA))
     arguments = [str(tmp_path), "--pairs", "0", "--models", "llama-160m", "--work", "W3"]
-    done = subprocess.run([sys.executable, str(PEERS / "compare.py"), *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, peers.compare.__file__, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "| llama-160m | W3 | omni-engine | not run |" in done.stdout
 

@@ -63,16 +63,15 @@ struct BlockAhead {
 template <class T>
 void dot_rows(const T* const* rows, int64_t count, const Staged<T>* query, int64_t query_stride, int64_t heads,
               int64_t size, float* scores, BlockAhead& ahead) {
-  Ahead none;
   int64_t row = 0;
   for (; row + kTileRows <= count; row += kTileRows) {
     ahead.ask();
     const T* const tile[kTileRows] = {rows[row], rows[row + 1], rows[row + 2], rows[row + 3]};
-    dot_columns<T, kTileRows>(tile, query, query_stride, heads, size, scores + row, kBlock, none);
+    dot_columns<T, kTileRows>(tile, query, query_stride, heads, size, scores + row, kBlock);
   }
   for (; row < count; ++row) {
     const T* const single[1] = {rows[row]};
-    dot_columns<T, 1>(single, query, query_stride, heads, size, scores + row, kBlock, none);
+    dot_columns<T, 1>(single, query, query_stride, heads, size, scores + row, kBlock);
   }
 }
 

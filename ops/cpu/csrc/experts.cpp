@@ -26,10 +26,9 @@ struct Chosen {  // an expert that some token chose, and where its rows lie amon
 template <class T>
 void dot_weights(const T* weight, int64_t weight_stride, int64_t count, const Staged<T>* x, int64_t x_stride,
                  int64_t columns, int64_t size, float* sums, int64_t stride) {
-  const int64_t at_once = rows_at_once<T>(columns, size);
-  for (int64_t row = 0; row < count; row += at_once) {
+  for (int64_t row = 0; row < count; row += kRowsAtOnce) {
     const T* from = weight + row * weight_stride;
-    const int64_t rows = std::min(at_once, count - row);
+    const int64_t rows = std::min(kRowsAtOnce, count - row);
     dot_matrix<T>(from, weight_stride, rows, x, x_stride, columns, size, sums + row, stride, count - row - rows);
   }
 }
@@ -70,16 +69,17 @@ void add_experts(const RoutedExperts& problem, const Chosen* chosen, int64_t exp
     const T* gate = static_cast<const T*>(problem.gate_up) + one.expert * problem.gate_up_expert_stride +
                     begin * problem.gate_up_stride;
     const T* up = gate + inner * problem.gate_up_stride;
-    float gates[kColumnsAtOnce * kInnerPerTask], ups[kColumnsAtOnce * kInnerPerTask];
+    constexpr int64_t kStride = kInnerPerTask + kSpare;
+    float gates[kColumnsAtOnce * kStride], ups[kColumnsAtOnce * kStride];
     for (int64_t row = one.begin - first; row < one.end - first; row += kColumnsAtOnce) {
       const int64_t count = std::min(kColumnsAtOnce, one.end - first - row);
       const Staged<T>* x = hidden + row * hidden_stride;
-      dot_weights<T>(gate, problem.gate_up_stride, width, x, hidden_stride, count, dim, gates, kInnerPerTask);
-      dot_weights<T>(up, problem.gate_up_stride, width, x, hidden_stride, count, dim, ups, kInnerPerTask);
+      dot_weights<T>(gate, problem.gate_up_stride, width, x, hidden_stride, count, dim, gates, kStride);
+      dot_weights<T>(up, problem.gate_up_stride, width, x, hidden_stride, count, dim, ups, kStride);
       for (int64_t column = 0; column < count; ++column) {
         Staged<T>* to = middle + (row + column) * inner_stride;
         for (int64_t n = 0; n < width; ++n) {
-          const T value = swiglu<T>(gates[column * kInnerPerTask + n], ups[column * kInnerPerTask + n]);
+          const T value = swiglu<T>(gates[column * kStride + n], ups[column * kStride + n]);
           if constexpr (std::is_same_v<Staged<T>, T>) {
             to[begin + n] = value;
           } else {
@@ -94,7 +94,8 @@ void add_experts(const RoutedExperts& problem, const Chosen* chosen, int64_t exp
   const int64_t dims_per_task = std::clamp<int64_t>(share, kTileRows, kMaxDimsPerTask);
   for_each_task((dim + dims_per_task - 1) / dims_per_task, [&](int64_t task) {
     const int64_t begin = task * dims_per_task, width = std::min(dims_per_task, dim - begin);
-    float results[kColumnsAtOnce * kMaxDimsPerTask];
+    constexpr int64_t kStride = kMaxDimsPerTask + kSpare;
+    float results[kColumnsAtOnce * kStride];
     for (int64_t index = 0; index < experts; ++index) {
       const Chosen& one = chosen[index];
       const T* down = static_cast<const T*>(problem.down) + one.expert * problem.down_expert_stride +
@@ -102,12 +103,12 @@ void add_experts(const RoutedExperts& problem, const Chosen* chosen, int64_t exp
       for (int64_t row = one.begin - first; row < one.end - first; row += kColumnsAtOnce) {
         const int64_t count = std::min(kColumnsAtOnce, one.end - first - row);
         dot_weights<T>(down, problem.down_stride, width, middle + row * inner_stride, inner_stride, count, inner,
-                       results, width);
+                       results, kStride);
         for (int64_t column = 0; column < count; ++column) {
           const int64_t pair = order[first + row + column];
           const float weight = problem.weights[pair];
           float* to = sums + pair / choices * dim + begin;
-          for (int64_t n = 0; n < width; ++n) to[n] += to_float(narrow<T>(results[column * width + n])) * weight;
+          for (int64_t n = 0; n < width; ++n) to[n] += to_float(narrow<T>(results[column * kStride + n])) * weight;
         }
       }
     }

@@ -1,7 +1,7 @@
 // Matrix products with few rows: every weight is read once, in the order it lies in memory.
 //
-// A product is cut into tasks of output features. Within a task, kTileRows weight rows at a time meet all rows of x as
-// dot products. The sum of one output runs over the inputs in one fixed order, so it does not depend on how many rows
+// A product is cut into tasks of output features. Within a task, a few weight rows at a time meet some rows of x as dot
+// products. The sum of one output runs over the inputs in one fixed order, so it does not depend on how many rows
 // x has, nor on how many threads there are.
 
 #include <algorithm>
@@ -15,6 +15,9 @@ namespace {
 constexpr int64_t kStagedRows = 256;  // rows of x that are staged at a time
 constexpr int64_t kRowsToShare = 16;  // from which on threads share the staging
 constexpr int64_t kTasksPerThread = 8;
+constexpr int64_t kBlockRows = 24;  // a task has whole blocks of output features,
+constexpr int64_t kMostBlocks = 11;  // at most so many
+constexpr int64_t kSumsStride = kRowsAtOnce + kSpare;
 
 template <class T>
 void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64_t first, int64_t count) {
@@ -23,22 +26,21 @@ void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64
   auto* output = static_cast<T*>(problem.output) + first * problem.output_stride;
   const int64_t inputs = problem.inputs, outputs = problem.outputs;
   const int64_t blocks = (outputs + kBlockRows - 1) / kBlockRows;
-  const int64_t blocks_per_task = std::clamp<int64_t>(blocks / (thread_count() * kTasksPerThread), 2, 32);
+  const int64_t blocks_per_task = std::clamp<int64_t>(blocks / (thread_count() * kTasksPerThread), 1, kMostBlocks);
   for_each_task((blocks + blocks_per_task - 1) / blocks_per_task, [&](int64_t task) {
     const int64_t begin = task * blocks_per_task * kBlockRows;
     const int64_t end = std::min(begin + blocks_per_task * kBlockRows, outputs);
-    float sums[kColumnsAtOnce * kRowsAtOnce];
+    float sums[kColumnsAtOnce * kSumsStride];
     for (int64_t row = 0; row < count; row += kColumnsAtOnce) {
       const int64_t rows = std::min(kColumnsAtOnce, count - row);
-      const int64_t at_once = rows_at_once<T>(rows, inputs);
-      for (int64_t n = begin; n < end; n += at_once) {
-        const int64_t width = std::min(at_once, end - n);
+      for (int64_t n = begin; n < end; n += kRowsAtOnce) {
+        const int64_t width = std::min(kRowsAtOnce, end - n);
         const T* from = weight + n * problem.weight_stride;
-        dot_matrix<T>(from, problem.weight_stride, width, x + row * x_stride, x_stride, rows, inputs, sums, kRowsAtOnce,
+        dot_matrix<T>(from, problem.weight_stride, width, x + row * x_stride, x_stride, rows, inputs, sums, kSumsStride,
                       row == 0 ? end - n - width : 0);
         for (int64_t m = 0; m < rows; ++m) {
           T* to = output + (row + m) * problem.output_stride + n;
-          float* from = sums + m * kRowsAtOnce;
+          float* from = sums + m * kSumsStride;
           if (bias)
             for (int64_t r = 0; r < width; ++r) from[r] += to_float(bias[n + r]);
           int64_t r = 0;
@@ -62,7 +64,7 @@ void linear_of(const Linear& problem) {
     }
   }
   static thread_local Scratch scratch;
-  const int64_t stride = staged_size<T>(problem.inputs) + kPad;
+  const int64_t stride = staged_size<T>(problem.inputs);
   auto* staged = scratch.reserve<Staged<T>>(std::min(kStagedRows, problem.rows) * stride);
   for (int64_t row = 0; row < problem.rows; row += kStagedRows) {
     const int64_t count = std::min(kStagedRows, problem.rows - row);
@@ -109,17 +111,16 @@ void head_linear_of(const HeadLinear& problem) {
       Staged<T>* staged = x_scratch.reserve<Staged<T>>(rows * stride);
       for (int64_t row = 0; row < rows; ++row)
         stage<T>(head_x + row * problem.x_row_stride, inputs, staged + row * stride);
-      Ahead none;
       int64_t n = 0;
       for (; n + kTileRows <= width; n += kTileRows) {
         const T* from = head_weight + (begin + n) * problem.weight_stride;
         const T* const tile[kTileRows] = {from, from + problem.weight_stride, from + 2 * problem.weight_stride,
                                           from + 3 * problem.weight_stride};
-        dot_columns<T, kTileRows>(tile, staged, stride, rows, inputs, sums + n, width, none);
+        dot_columns<T, kTileRows>(tile, staged, stride, rows, inputs, sums + n, width);
       }
       for (; n < width; ++n) {
         const T* const single[1] = {head_weight + (begin + n) * problem.weight_stride};
-        dot_columns<T, 1>(single, staged, stride, rows, inputs, sums + n, width, none);
+        dot_columns<T, 1>(single, staged, stride, rows, inputs, sums + n, width);
       }
     }
     for (int64_t row = 0; row < rows; ++row) {

@@ -14,7 +14,8 @@ namespace omni {
 namespace {
 
 constexpr int64_t kKeys = 64;      // of a block
-constexpr int64_t kMostRows = 96;  // (token, head) pairs that meet a block together
+constexpr int64_t kMostRows = 384;  // (token, head) pairs that meet a block together, so that it is widened once,
+constexpr int64_t kTasksPerThread = 4;  // but no more than leave a few tasks for every thread
 constexpr int kTileQueries = kRegisters == 32 ? 12 : 6, kTileVectors = 2;
 constexpr int64_t kTileWidth = kTileVectors * kLanes;
 constexpr float kLowest = -std::numeric_limits<float>::max();
@@ -90,25 +91,34 @@ OMNI_INLINE void add_rows(const float* rows, int64_t row_stride, int64_t count, 
 }
 
 // Turns the scores of a block into weights relative to the running maximum of one query, which sees the keys of
-// [first, last); others weigh nothing. Returns by how much earlier sums shrink.
-float soften_block(float* scores, int64_t first, int64_t last, float scale, float& maximum, float& total) {
+// [first, last); others weigh nothing. Returns by how much earlier sums shrink. Between two passes over the lanes all
+// scores of a block are in registers.
+OMNI_INLINE float soften_block(float* scores, int64_t first, int64_t last, float scale, float& maximum, float& total) {
+  constexpr int kVectors = kKeys / kLanes;
   std::fill(scores, scores + first, kLowest);
   std::fill(scores + last, scores + kKeys, kLowest);
-  Floats largest = splat(maximum);
-  for (int64_t key = 0; key < kKeys; key += kLanes) {
-    Floats scaled = load<Floats>(scores + key) * scale;
-    scaled = scaled < splat(kLowest) ? splat(kLowest) : scaled;
-    store(scores + key, scaled);
-    largest = larger(scaled, largest);
+  Floats values[kVectors], largest = splat(maximum);
+  OMNI_UNROLL
+  for (int at = 0; at < kVectors; ++at) {
+    const Floats scaled = load<Floats>(scores + at * kLanes) * scale;
+    values[at] = scaled < splat(kLowest) ? splat(kLowest) : scaled;
+    largest = larger(values[at], largest);
   }
   const float reached = largest_of(largest);
-  for (int64_t key = 0; key < kKeys; key += kLanes)
-    store(scores + key, exponential(load<Floats>(scores + key) - reached));
-  std::fill(scores, scores + first, 0.0f);
-  std::fill(scores + last, scores + kKeys, 0.0f);
   Floats sum = {};
-  for (int64_t key = 0; key < kKeys; key += kLanes) sum += load<Floats>(scores + key);
-  const float shrink = std::exp(maximum - reached);
+  OMNI_UNROLL
+  for (int at = 0; at < kVectors; ++at) {
+    const Floats weight = exponential(values[at] - reached);
+    store(scores + at * kLanes, weight);
+    sum += weight;
+  }
+  if (first > 0 || last < kKeys) {
+    std::fill(scores, scores + first, 0.0f);
+    std::fill(scores + last, scores + kKeys, 0.0f);
+    sum = Floats{};
+    for (int64_t key = 0; key < kKeys; key += kLanes) sum += load<Floats>(scores + key);
+  }
+  const float shrink = maximum == reached ? 1.0f : std::exp(maximum - reached);
   total = total * shrink + sum_of(sum);
   maximum = reached;
   return shrink;
@@ -117,7 +127,8 @@ float soften_block(float* scores, int64_t first, int64_t last, float scale, floa
 template <class T>
 void attend_causally(const CausalAttention& problem) {
   const int64_t group = problem.heads / problem.kv_heads, dim = problem.dim, value_dim = problem.value_dim;
-  const int64_t tokens_per_task = std::max<int64_t>(kMostRows / group, 1);
+  const int64_t share = problem.queries * problem.heads / (thread_count() * kTasksPerThread);
+  const int64_t tokens_per_task = std::max<int64_t>(std::min(kMostRows, share) / group, 1);
   const int64_t parts = (problem.queries + tokens_per_task - 1) / tokens_per_task;
   const int64_t most_rows = round_up(tokens_per_task * group, kTileQueries);
   const int64_t padded_values = round_up(value_dim, kTileWidth), before = problem.context - problem.queries;
@@ -128,7 +139,8 @@ void attend_causally(const CausalAttention& problem) {
     const int64_t first_token = part * tokens_per_task;
     const int64_t tokens = std::min(tokens_per_task, problem.queries - first_token), rows = tokens * group;
     const int64_t tiled_rows = round_up(rows, kTileQueries);
-    float* query = scratch.reserve<float>(most_rows * (dim + kKeys + padded_values + 2) + kKeys * (dim + padded_values));
+    float* query =
+        scratch.reserve<float>(most_rows * (dim + kKeys + padded_values + 2) + kKeys * (dim + padded_values));
     float* keys = query + most_rows * dim;
     float* values = keys + kKeys * dim;
     float* scores = values + kKeys * padded_values;

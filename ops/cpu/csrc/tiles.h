@@ -83,6 +83,63 @@ OMNI_INLINE void stage(const T* from, int64_t size, Staged<T>* to) {
 constexpr int kTileRows = 4;
 constexpr int kTileColumns = kRegisters == 32 ? 6 : 3;  // kTileRows * columns sums, the columns, one row: all registers
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Rows that are widened while they are multiplied have a tile of their own, written in assembler: 12 sums, 3 rows and a
+// column are all 16 registers there are, and compilers keep some of the sums in memory then.
+constexpr int kWideRows = 3, kWideColumns = 4;
+template <class T>
+constexpr bool kHasWideTile = std::is_same_v<T, BFloat16>;
+
+#define OMNI_MULTIPLY_ADD(a, b, c)              \
+  "vfmadd231ps %%ymm15, %%ymm12, %[" #a "]\n\t" \
+  "vfmadd231ps %%ymm15, %%ymm13, %[" #b "]\n\t" \
+  "vfmadd231ps %%ymm15, %%ymm14, %[" #c "]\n\t"
+
+// The even elements of three rows with those of four columns, then the odd ones: where the even ones have zeros, the
+// blend puts the odd ones of the same word.
+OMNI_INLINE void dot_wide_step(Floats (&sums)[kWideRows][kWideColumns], const BFloat16* const (&rows)[kWideRows],
+                               int64_t at, const float* x, int64_t x_stride) {
+  x += at;
+  __asm__ volatile(
+      "vmovdqu (%[row_0]), %%ymm12\n\t"
+      "vmovdqu (%[row_1]), %%ymm13\n\t"
+      "vmovdqu (%[row_2]), %%ymm14\n\t"
+      "vmovups (%[x]), %%ymm15\n\t"
+      "vpslld $16, %%ymm12, %%ymm12\n\t"
+      "vpslld $16, %%ymm13, %%ymm13\n\t"
+      "vpslld $16, %%ymm14, %%ymm14\n\t"
+      OMNI_MULTIPLY_ADD(a0, b0, c0)
+      "vmovups (%[x], %[stride]), %%ymm15\n\t"
+      OMNI_MULTIPLY_ADD(a1, b1, c1)
+      "vmovups (%[x], %[stride], 2), %%ymm15\n\t"
+      OMNI_MULTIPLY_ADD(a2, b2, c2)
+      "vmovups (%[last]), %%ymm15\n\t"
+      OMNI_MULTIPLY_ADD(a3, b3, c3)
+      "vpblendw $0xaa, (%[row_0]), %%ymm12, %%ymm12\n\t"
+      "vpblendw $0xaa, (%[row_1]), %%ymm13, %%ymm13\n\t"
+      "vpblendw $0xaa, (%[row_2]), %%ymm14, %%ymm14\n\t"
+      "vmovups 32(%[x]), %%ymm15\n\t"
+      OMNI_MULTIPLY_ADD(a0, b0, c0)
+      "vmovups 32(%[x], %[stride]), %%ymm15\n\t"
+      OMNI_MULTIPLY_ADD(a1, b1, c1)
+      "vmovups 32(%[x], %[stride], 2), %%ymm15\n\t"
+      OMNI_MULTIPLY_ADD(a2, b2, c2)
+      "vmovups 32(%[last]), %%ymm15\n\t"
+      OMNI_MULTIPLY_ADD(a3, b3, c3)
+      : [a0] "+x"(sums[0][0]), [a1] "+x"(sums[0][1]), [a2] "+x"(sums[0][2]), [a3] "+x"(sums[0][3]),
+        [b0] "+x"(sums[1][0]), [b1] "+x"(sums[1][1]), [b2] "+x"(sums[1][2]), [b3] "+x"(sums[1][3]),
+        [c0] "+x"(sums[2][0]), [c1] "+x"(sums[2][1]), [c2] "+x"(sums[2][2]), [c3] "+x"(sums[2][3])
+      : [row_0] "r"(rows[0] + at), [row_1] "r"(rows[1] + at), [row_2] "r"(rows[2] + at), [x] "r"(x),
+        [stride] "r"(x_stride * sizeof(float)), [last] "r"(x + 3 * x_stride)
+      : "xmm12", "xmm13", "xmm14", "xmm15", "memory");
+}
+#undef OMNI_MULTIPLY_ADD
+#else
+constexpr int kWideRows = kTileRows, kWideColumns = kTileColumns;
+template <class T>
+constexpr bool kHasWideTile = false;
+#endif
+
 template <class T, int kRows, int kColumns>
 OMNI_INLINE void dot_step(Floats (&sums)[kRows][kColumns], const T* const (&rows)[kRows], int64_t at,
                           const Staged<T>* x, int64_t x_stride) {
@@ -101,6 +158,8 @@ OMNI_INLINE void dot_step(Floats (&sums)[kRows][kColumns], const T* const (&rows
     return;
   }
 #endif
+  if constexpr (kHasWideTile<T> && kRows == kWideRows && kColumns == kWideColumns)
+    return dot_wide_step(sums, rows, at, x, x_stride);
   constexpr int kParts = Staging<T>::kStep / kLanes;
   OMNI_UNROLL
   for (int part = 0; part < kParts; ++part) {
@@ -116,7 +175,7 @@ OMNI_INLINE void dot_step(Floats (&sums)[kRows][kColumns], const T* const (&rows
       Floats row;
       if constexpr (kParts == 2) {
         Words pairs = load<Words>(rows[r] + at);
-        if constexpr (kColumns < kTileColumns) {
+        if constexpr (kRows * kColumns < kTileRows * kTileColumns) {
           row = bits_as<Floats>(part == 0 ? pairs << 16 : pairs & 0xffff0000u);
         } else {  // a mask would take the register of a sum
           if (part == 1) {
@@ -135,32 +194,16 @@ OMNI_INLINE void dot_step(Floats (&sums)[kRows][kColumns], const T* const (&rows
   }
 }
 
-// Memory that will be read next, asked for a little at a time while there is something to compute.
-struct Ahead {
-  const char* next = nullptr;
-  const char* end = nullptr;
-
-  template <int kLines>
-  OMNI_INLINE void ask() {
-    if (kLines == 0 || next >= end) return;
-    OMNI_UNROLL
-    for (int line = 0; line < kLines; ++line) __builtin_prefetch(next + line * kLineBytes, 0, 2);
-    next += kLines * kLineBytes;
-  }
-};
-
-// partial += rows . x, lane by lane, over `size` elements that begin at a whole step.
-template <class T, int kRows, int kColumns, int kLines>
+// partial += rows . x, lane by lane, over `size` elements that begin at a whole step. ask(at) is called at each step.
+template <class T, int kRows, int kColumns, class Ask>
 OMNI_INLINE void accumulate(Floats (&partial)[kRows][kColumns], const T* const (&rows)[kRows], const Staged<T>* x,
-                            int64_t x_stride, int64_t size, Ahead& ahead) {
+                            int64_t x_stride, int64_t size, const Ask& ask) {
   constexpr int kStep = Staging<T>::kStep;
   int64_t at = 0;
-  Ahead asking = ahead;  // in registers
   for (; at + kStep <= size; at += kStep) {
-    asking.ask<kLines>();
+    ask(at);
     dot_step<T, kRows, kColumns>(partial, rows, at, x, x_stride);
   }
-  ahead = asking;
   if (at < size) {
     T rests[kRows][kStep] = {};
     const T* rest_rows[kRows];
@@ -172,24 +215,26 @@ OMNI_INLINE void accumulate(Floats (&partial)[kRows][kColumns], const T* const (
   }
 }
 
+constexpr int64_t kSpare = 1;  // floats behind the sums of a column that a tile of three rows writes on
+
+// sums[column * stride + row]: every one is added up in the same order, whatever the tile.
 template <int kRows, int kColumns>
 OMNI_INLINE void store_tile(const Floats (&partial)[kRows][kColumns], float* sums, int64_t stride) {
+  constexpr int kLast = kRows - 1;
   OMNI_UNROLL
   for (int c = 0; c < kColumns; ++c) {
-    if constexpr (kRows == 4) {
-      store_sums(sums + c * stride, partial[0][c], partial[1][c], partial[2][c], partial[3][c]);
-    } else {
-      OMNI_UNROLL
-      for (int r = 0; r < kRows; ++r) sums[c * stride + r] = sum_of(partial[r][c]);
-    }
+    float four[4];
+    float* to = kRows + kSpare < 4 ? four : sums + c * stride;
+    store_sums(to, partial[0][c], partial[std::min(1, kLast)][c], partial[std::min(2, kLast)][c], partial[kLast][c]);
+    if (kRows + kSpare < 4) std::memcpy(sums + c * stride, four, kRows * sizeof(float));
   }
 }
 
-// Calls function(first, std::integral_constant<int, width>) for groups of at most kTileColumns columns, all of nearly
-// the same size: 8 columns are 4 + 4, not 6 + 2.
-template <class Function>
+// Calls function(first, std::integral_constant<int, width>) for groups of at most kMost columns, all of nearly the same
+// size: 8 columns are 4 + 4, not 6 + 2.
+template <int kMost, class Function>
 OMNI_INLINE void for_each_column_group(int64_t columns, const Function& function) {
-  const int64_t groups = (columns + kTileColumns - 1) / kTileColumns;
+  const int64_t groups = (columns + kMost - 1) / kMost;
   for (int64_t group = 0, column = 0; group < groups; ++group) {
     const int64_t width = columns * (group + 1) / groups - column;
     switch (width) {
@@ -197,11 +242,16 @@ OMNI_INLINE void for_each_column_group(int64_t columns, const Function& function
       case 2: function(column, std::integral_constant<int, 2>{}); break;
       case 3: function(column, std::integral_constant<int, 3>{}); break;
       default:
-        if constexpr (kTileColumns > 3) {
+        if constexpr (kMost > 3) {
           switch (width) {
             case 4: function(column, std::integral_constant<int, 4>{}); break;
-            case 5: function(column, std::integral_constant<int, 5>{}); break;
-            default: function(column, std::integral_constant<int, 6>{}); break;
+            default:
+              if constexpr (kMost > 4) {
+                switch (width) {
+                  case 5: function(column, std::integral_constant<int, 5>{}); break;
+                  default: function(column, std::integral_constant<int, 6>{}); break;
+                }
+              }
           }
         }
     }
@@ -213,125 +263,117 @@ OMNI_INLINE void for_each_column_group(int64_t columns, const Function& function
 // one added up in the same order whatever the tile.
 template <class T, int kRows>
 inline void dot_columns(const T* const (&rows)[kRows], const Staged<T>* x, int64_t x_stride, int64_t columns,
-                        int64_t size, float* sums, int64_t stride, Ahead& ahead) {
-  constexpr int kLines = (kRows * Staging<T>::kStep * sizeof(T) + kLineBytes - 1) / kLineBytes;
-  for_each_column_group(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
+                        int64_t size, float* sums, int64_t stride) {
+  for_each_column_group<kTileColumns>(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
     Floats partial[kRows][width.value] = {};
-    accumulate<T, kRows, width.value, kLines>(partial, rows, x + column * x_stride, x_stride, size, ahead);
+    accumulate<T>(partial, rows, x + column * x_stride, x_stride, size, [](int64_t) OMNI_LAMBDA {});
     store_tile(partial, sums + column * stride, stride);
   });
 }
 
-template <int kRows, int kColumns, class Function>
-OMNI_INLINE void for_each_sum(Floats (&partial)[kRows][kColumns], const Function& function) {
-  OMNI_UNROLL
-  for (int r = 0; r < kRows; ++r) {
+constexpr int64_t kRowsAtOnce = 48;      // rows that dot_matrix takes at most,
+constexpr int64_t kColumnsAtOnce = 128;  // and staged columns
+constexpr int64_t kFewColumns = 48;      // columns that are read again for every tile of rows, not the rows for them
+
+// Memory that is read after some rows, asked for step by step while they are multiplied.
+template <class T, int kRows>
+struct Ahead {
+  const T* begin;
+  int64_t row_stride;
+
+  // Beside the only group of columns: as much as one step takes, in the order in which it lies.
+  OMNI_INLINE void ask_all(int64_t at) const {
+    constexpr int64_t kBytes = kRows * Staging<T>::kStep * sizeof(T);
     OMNI_UNROLL
-    for (int c = 0; c < kColumns; ++c) function(partial[r][c], r * kColumns + c);
+    for (int64_t byte = 0; byte < kBytes; byte += kLineBytes)
+      __builtin_prefetch(reinterpret_cast<const char*>(begin + at * kRows) + byte, 0, 2);
   }
-}
 
-constexpr int64_t kBlockRows = 8;
-constexpr int64_t kInputsAtOnce = 768;  // elements of a row that stay in the first-level cache with kBlockRows rows,
-constexpr int64_t kFewInputsAtOnce = 512;  // and with the same of few columns, which are read again before others come
-constexpr int64_t kFewColumns = 16;
-constexpr int64_t kRowsAtOnce = 32;     // rows that dot_matrix takes at most,
-constexpr int64_t kColumnsAtOnce = 96;  // and staged columns
-constexpr int64_t kColumnBytes = 256 << 10;  // of columns that stay in the second-level cache with all their inputs
-constexpr int64_t kColumnsToStage = 2 * kTileColumns + 1;  // from which on staging rows is repaid
-constexpr int64_t kPad = 32 / sizeof(float);  // between rows: two loads of a cycle lie in different halves of a line
+  // Beside one group of some: of a few rows each.
+  template <int kAsked>
+  OMNI_INLINE void ask_rows(int64_t group, int64_t at) const {
+    OMNI_UNROLL
+    for (int each = 0; each < kAsked; ++each)
+      __builtin_prefetch(begin + (group * kAsked + each) % kRows * row_stride + at, 0, 2);
+  }
+};
 
-// How many rows dot_matrix should be given: more than a block where the columns would not stay in the cache otherwise,
-// no more where they do, because rows are read from memory faster as a whole.
-template <class T>
-inline int64_t rows_at_once(int64_t columns, int64_t size) {
-  const bool stays = columns * size * int64_t(sizeof(Staged<T>)) <= kColumnBytes;
-  return stays || Staging<T>::kSame ? kBlockRows : kRowsAtOnce;
-}
+// A product of rows and columns by tiles of kRows * kColumns; see dot_matrix.
+template <class T, int kRows, int kColumns>
+struct TiledProduct {
+  const T* matrix;
+  int64_t row_stride, count;
+  const Staged<T>* x;
+  int64_t x_stride, columns, size;
+  float* sums;
+  int64_t stride;
+
+  template <int kHeight, int kWidth, class Ask>
+  OMNI_INLINE void tile(int64_t row, int64_t column, const Ask& ask) const {
+    const T* rows[kHeight];
+    for (int r = 0; r < kHeight; ++r) rows[r] = matrix + (row + r) * row_stride;
+    Floats partial[kHeight][kWidth] = {};
+    accumulate<T>(partial, rows, x + column * x_stride, x_stride, size, ask);
+    store_tile(partial, sums + column * stride + row, stride);
+  }
+
+  template <class Function>
+  OMNI_INLINE void for_each_row_group(const Function& function) const {
+    int64_t row = 0;
+    for (; row + kRows <= count; row += kRows) function(row, std::integral_constant<int, kRows>{});
+    for (; row < count; ++row) function(row, std::integral_constant<int, 1>{});
+  }
+
+  // All columns with a few rows, then with the next ones, of which kAsked are asked for beside each group of columns.
+  template <int kAsked>
+  void by_rows(int64_t following) const {
+    for_each_row_group([&](int64_t row, auto height) OMNI_LAMBDA {
+      const int64_t next = std::min(row + height.value, std::max<int64_t>(count + following - kRows, 0));
+      const Ahead<T, kRows> ahead{matrix + next * row_stride, row_stride};
+      int64_t group = 0;
+      for_each_column_group<kColumns>(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
+        tile<height.value, width.value>(row, column, [&](int64_t at) OMNI_LAMBDA {
+          if constexpr (kAsked == kRows) ahead.ask_all(at);
+          else ahead.template ask_rows<kAsked>(group, at);
+        });
+        ++group;
+      });
+    });
+  }
+
+  // All rows with a few columns, which stay in the first-level cache, then with the next ones.
+  void by_columns() const {
+    for_each_column_group<kColumns>(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
+      for_each_row_group([&](int64_t row, auto height) OMNI_LAMBDA {
+        tile<height.value, width.value>(row, column, [](int64_t) OMNI_LAMBDA {});
+      });
+    });
+  }
+
+  void multiply(int64_t following) const {
+    if (columns > kFewColumns) return by_columns();
+    if (columns > 2 * kColumns) return by_rows<1>(following);
+    if (columns > kColumns) return by_rows<(kRows + 1) / 2>(following);
+    by_rows<kRows>(following);
+  }
+};
 
 // sums[column * stride + row] of `count` rows that lie `row_stride` apart, at most kRowsAtOnce, for at most
-// kColumnsAtOnce staged columns. `following`: how many rows behind them will be read next; memory is asked for them.
-//
-// Where there are more columns than some tiles have, a block of rows and inputs that fits into the first-level cache is
-// staged too, so that it is widened once, and meets all columns before the next block does; all rows meet some inputs
-// of the columns before any meets the next. The lanes of unfinished sums are kept in between, so the order of addition
-// is that of one pass.
+// kColumnsAtOnce staged columns; kSpare floats behind those of each column are overwritten. `following`: how many rows
+// behind them will be read next; memory is asked for them.
 template <class T>
 inline void dot_matrix(const T* matrix, int64_t row_stride, int64_t count, const Staged<T>* x, int64_t x_stride,
                        int64_t columns, int64_t size, float* sums, int64_t stride, int64_t following) {
-  const int64_t whole = count / kTileRows * kTileRows;
-  const auto address = [&](int64_t row) { return reinterpret_cast<const char*>(matrix + row * row_stride); };
-  Ahead ahead;
-  if (columns < kColumnsToStage) {
-    if (following > 0) ahead = {address(kTileRows), address(count + std::min<int64_t>(following, kTileRows))};
-    for (int64_t row = 0; row < whole; row += kTileRows) {
-      const T* from = matrix + row * row_stride;
-      const T* const rows[kTileRows] = {from, from + row_stride, from + 2 * row_stride, from + 3 * row_stride};
-      dot_columns<T, kTileRows>(rows, x, x_stride, columns, size, sums + row, stride, ahead);
-    }
-  } else {
-    constexpr int64_t kBlockStride = kInputsAtOnce + kPad;
-    alignas(kVectorBytes) Staged<T> block[Staging<T>::kSame ? 1 : kBlockRows * kBlockStride];
-    Floats unfinished[kColumnsAtOnce * kRowsAtOnce];
-    if (following > 0 && count <= kBlockRows)
-      ahead = {address(count), address(count + std::min(following, kBlockRows))};
-    const int64_t inputs_at_once = columns > kFewColumns ? kInputsAtOnce : kFewInputsAtOnce;
-    for (int64_t at = 0; at < size; at += inputs_at_once) {
-      const int64_t inputs = std::min(inputs_at_once, size - at);
-      Floats* kept = unfinished;
-      for (int64_t first = 0; first < whole; first += kBlockRows) {
-        const int64_t last = std::min(first + kBlockRows, whole);
-        const Staged<T>* staged = block;
-        int64_t staged_stride = kBlockStride, staged_inputs = staged_size<T>(inputs);
-        if constexpr (Staging<T>::kSame) {
-          staged = matrix + first * row_stride + at;
-          staged_stride = row_stride, staged_inputs = inputs;
-        } else {
-          constexpr int64_t kLine = kLineBytes / sizeof(T);  // what comes next is asked for as fast as this is read
-          for (int64_t row = first; row < last; ++row) {
-            if (count > kBlockRows) {
-              int64_t next = row + kBlockRows, next_at = at;
-              if (next >= whole && at + inputs < size) {
-                next -= whole, next_at += inputs;
-              } else if (next >= whole) {
-                next_at = 0;
-              }
-              const char* begin = address(next) + next_at * sizeof(T);
-              ahead = {begin, next < count + following ? begin + inputs * sizeof(T) : begin};
-            }
-            for (int64_t from = 0; from < inputs; from += kLine) {
-              ahead.ask<1>();
-              stage<T>(matrix + row * row_stride + at + from, std::min(kLine, inputs - from),
-                       block + (row - first) * kBlockStride + from);
-            }
-          }
-        }
-        const int64_t groups = (columns + kTileColumns - 1) / kTileColumns;
-        const int64_t lines = Staging<T>::kSame ? (last - first) * inputs * int64_t(sizeof(T)) / kLineBytes : 0;
-        for_each_column_group(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
-          for (int64_t line = 0; line < lines; line += groups) ahead.ask<1>();
-          for (int64_t row = first; row < last; row += kTileRows, kept += kTileRows * width.value) {
-            const Staged<T>* from = staged + (row - first) * staged_stride;
-            const Staged<T>* const rows[kTileRows] = {from, from + staged_stride, from + 2 * staged_stride,
-                                                      from + 3 * staged_stride};
-            Floats partial[kTileRows][width.value] = {};
-            if (at > 0) for_each_sum(partial, [&](Floats& sum, int index) OMNI_LAMBDA { sum = kept[index]; });
-            const Staged<T>* from_x = x + column * x_stride + at;
-            accumulate<Staged<T>, kTileRows, width.value, 0>(partial, rows, from_x, x_stride, staged_inputs, ahead);
-            if (at + inputs < size) {
-              for_each_sum(partial, [&](Floats& sum, int index) OMNI_LAMBDA { kept[index] = sum; });
-            } else {
-              store_tile(partial, sums + column * stride + row, stride);
-            }
-          }
-        });
-      }
-    }
+  const auto multiply = [&](auto rows, auto most) {
+    const TiledProduct<T, rows.value, most.value> product{matrix, row_stride, count, x, x_stride,
+                                                          columns, size, sums, stride};
+    product.multiply(following);
+  };
+  if constexpr (kHasWideTile<T>) {
+    if (columns > kTileColumns)
+      return multiply(std::integral_constant<int, kWideRows>{}, std::integral_constant<int, kWideColumns>{});
   }
-  for (int64_t row = whole; row < count; ++row) {
-    const T* const single[1] = {matrix + row * row_stride};
-    dot_columns<T, 1>(single, x, x_stride, columns, size, sums + row, stride, ahead);
-  }
+  multiply(std::integral_constant<int, kTileRows>{}, std::integral_constant<int, kTileColumns>{});
 }
 
 // to[head][index] += sum over rows of weights[head][row] * rows[row][index], for a few heads and indices at a time.

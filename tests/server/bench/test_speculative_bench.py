@@ -114,9 +114,9 @@ def test_acceptance_is_that_of_an_engine_with_the_same_prompts(bench):
 
 def test_tokens_that_speculation_changes_are_noticed(bench, monkeypatch):
     monkeypatch.setattr("omni_engine.engine.build.accept_equal", lambda drafts, *_: (drafts >= 0).sum(dim=1))
-    _, result = bench(DEMO, "--depths", "3", "--batch-sizes", "2")
+    _, result = bench(DEMO, "--depths", "3", "--batch-sizes", "2", "--temperature", "1.5")
     none, three = result["results"][0]["engines"]
-    assert none["same_tokens"] == 1.0 and three["same_tokens"] < 1.0
+    assert none["same_tokens"] == 1.0 and three["same_tokens"] < 0.5
     assert three["spec_decode_acceptance_rate"] > 99
 
 
