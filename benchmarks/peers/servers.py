@@ -3,9 +3,9 @@
     python benchmarks/peers/servers.py MODEL --vllm v-vllm/bin/python --llama-cpp llama.cpp/build/bin --pairs 5
     python benchmarks/peers/servers.py MODEL --load --vllm v-vllm/bin/python --llama-cpp llama.cpp/build/bin --pairs 5
 
-W6 starts every server in turn, `--pairs` times, and asks for one token until it comes; beside it stands the time that a
-Python takes to import torch. Peak memory is that of the processes of the server, shared pages counted once (PSS), in
-a start of its own.
+W6 starts every server in turn, `--pairs` times, asks for one token until it comes, and then keeps 8 streams busy, until
+they are as fast as they will be; beside it stands the time that a Python takes to import torch. Peak memory is that of
+the processes of the server until the first token, shared pages counted once (PSS), in a start of its own.
 
 W5 (`--load`) first finds each server's capacity, the requests per second of a closed loop of `--concurrency`. Then a
 round starts every server in turn, warms it, and measures it twice: under Poisson arrivals at 70 % of the lowest
@@ -17,34 +17,28 @@ graphs are compiled before, where the cache has none.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from compare import busy_seconds, own_seconds
 from llama_cpp import NAME as LLAMA_CPP
 from llama_cpp import find_program, make_gguf
-from report import OURS, Spread
+from report import OURS
 from server_load import CLOSED, POISSON, apply_load, load_table
+from server_process import first_token, running, tree_seconds
+from server_start import Start, measure_start, start_table, time_of_import
 
 HOST = "127.0.0.1"
-READY_SECONDS, POLL_SECONDS = 300.0, 0.02
 LOAD_SHARE = 0.7  # of the capacity of the slowest server
 WARMUP_SEED = 1_000_000
-_ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER
-PROMPT = list(range(100, 132))
 
 
 def server_commands(options: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, str]]]:
@@ -74,140 +68,23 @@ def _tell_not_run(name: str, error: Exception) -> None:
     print(f"not run: {name}: {error}", file=sys.stderr, flush=True)
 
 
-def descendants(pid: int) -> list[int]:
-    """The process and all that it started and that live."""
-    found = [pid]
-    for one in found:
-        try:
-            for task in Path(f"/proc/{one}/task").iterdir():
-                found += [int(child) for child in (task / "children").read_text().split()]
-        except OSError:
-            continue
-    return found
-
-
-def memory_mb(pid: int) -> float:
-    """Proportional set size of the process and its descendants."""
-    total = 0
-    for one in descendants(pid):
-        try:
-            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total / 1024
-
-
-def first_token(url: str, alive: subprocess.Popen[bytes]) -> None:
-    """Returns when the server has answered with a token; raises RuntimeError if it ends or takes too long."""
-    deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline:
-        if alive.poll() is not None:
-            raise RuntimeError(f"the server ended with status {alive.returncode}; see its log")
-        try:
-            with urllib.request.urlopen(f"{url}/models", timeout=5) as response:
-                name = json.load(response)["data"][0]["id"]
-            body = {"model": name, "prompt": PROMPT, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
-            request = urllib.request.Request(
-                f"{url}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-            )
-            with urllib.request.urlopen(request, timeout=120) as response:
-                json.load(response)
-            return
-        except (urllib.error.URLError, OSError, KeyError, IndexError):
-            time.sleep(POLL_SECONDS)
-    raise RuntimeError(f"no token within {READY_SECONDS:.0f} s")
-
-
-@contextmanager
-def running(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The server, ended with all of its processes, also those that have left its group or have outlived it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_ADOPT_ORPHANS, 1)
-    others = set(descendants(os.getpid()))
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=file, stderr=file, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for pid in [pid for pid in descendants(os.getpid()) if pid not in others]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            with suppress(ChildProcessError):  # the child of another one that is being ended
-                os.waitpid(pid, 0)
-
-
-def time_start(command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> float:
-    """Seconds from the start of the process to its first token."""
-    begin = time.perf_counter()
-    with running(command, environment, log) as process:
-        first_token(url, process)
-        return time.perf_counter() - begin
-
-
-def peak_of_start(command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> float:
-    """The peak of its memory in MB until the first token."""
-    peak, stopped = [0.0], threading.Event()
-    with running(command, environment, log) as process:
-
-        def watch() -> None:
-            while not stopped.wait(0.25):
-                peak[0] = max(peak[0], memory_mb(process.pid))
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            first_token(url, process)
-        finally:
-            stopped.set()
-            watcher.join()
-        return max(peak[0], memory_mb(process.pid))
-
-
 def measure_starts(options: argparse.Namespace, url: str) -> None:
+    """All servers in turn, `--pairs` times; one that fails is left out from then on."""
     commands = server_commands(options)
-    seconds: dict[str, list[float]] = {name: [] for name in (*commands, "import torch")}
-    peaks: dict[str, list[float]] = {name: [] for name in commands}
+    starts: dict[str, list[Start]] = {name: [] for name in commands}
+    imports: list[float] = []
     for _ in range(options.pairs):
         for name, (command, environment) in list(commands.items()):
             try:
-                log = options.logs / f"{name}.log"
-                taken = time_start(command, environment, url, log)
-                peak = peak_of_start(command, environment, url, log)  # another one, which looking at it may slow down
+                start = measure_start(command, environment, url, options.logs / f"{name}.log")
             except (RuntimeError, OSError) as error:
                 _tell_not_run(name, error)
                 del commands[name]
                 continue
-            seconds[name].append(taken)
-            peaks[name].append(peak)
-            print(f"{name}: {taken:.2f} s, {peak:.0f} MB", flush=True)
-        begin = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import torch"], check=True)
-        seconds["import torch"].append(time.perf_counter() - begin)
-    print("| W6 | start to first token, s | peak memory, MB |\n|---|---|---|")
-    for name, taken in seconds.items():
-        if not taken:
-            continue
-        memory = Spread.of(peaks[name]).text(0) if name in peaks else ""
-        print(f"| {name} | {Spread.of(taken).text(2)} | {memory} |")
-
-
-def tree_seconds(pid: int) -> float:
-    """Processor time so far of the process and its descendants."""
-    total = 0.0
-    for one in descendants(pid):
-        with suppress(OSError):
-            total += own_seconds(one)
-    return total
+            starts[name].append(start)
+            print(f"{name}: {start}", flush=True)
+        imports.append(time_of_import(sys.executable))
+    print(start_table(starts, imports))
 
 
 def load_server(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -137,19 +139,44 @@ def test_the_memory_of_a_server_is_that_of_all_its_processes(peers):
     program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'x = bytearray(10**8); input()'])"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         deadline = time.monotonic() + 20
-        while peers.servers.memory_mb(process.pid) < 100 and time.monotonic() < deadline:
+        while peers.server_process.memory_mb(process.pid) < 100 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert len(peers.servers.descendants(process.pid)) == 2
-        assert 100 <= peers.servers.memory_mb(process.pid) < 1000
+        assert len(peers.server_process.descendants(process.pid)) == 2
+        assert 100 <= peers.server_process.memory_mb(process.pid) < 1000
         process.communicate(b"\n")
 
 
 def test_a_server_that_ends_is_told_from_one_that_is_slow(peers, tmp_path):
     with (
-        peers.servers.running([sys.executable, "-c", "raise SystemExit(3)"], {}, tmp_path / "log") as process,
+        peers.server_process.running([sys.executable, "-c", "raise SystemExit(3)"], {}, tmp_path / "log") as process,
         pytest.raises(RuntimeError, match="ended with status 3"),
     ):
-        peers.servers.first_token("http://127.0.0.1:9/v1", process)
+        peers.server_process.first_token("http://127.0.0.1:9/v1", process)
+
+
+def test_full_speed_begins_with_the_first_second_that_is_as_fast_as_the_end(peers):
+    slow, fast = [number / 10 for number in range(50)], [5 + number / 100 for number in range(1000)]
+    assert peers.server_start.full_speed_after(slow + fast) == pytest.approx(5.0, abs=0.15)
+    assert peers.server_start.full_speed_after(fast) == 5.0
+    gap = [time for time in fast if not 6 < time < 8]  # a fast beginning counts
+    assert peers.server_start.full_speed_after(gap) == 5.0
+
+
+def test_streams_are_watched_until_their_time_is_over(peers, tmp_path, monkeypatch):
+    """By the demo model's server; what is counted are its tokens, of all places at once."""
+    monkeypatch.setattr(peers.server_start, "STREAMS", 2)
+    monkeypatch.setattr(peers.server_start, "WATCHED_SECONDS", 4.0)
+    monkeypatch.setattr(peers.server_start, "STREAM_TOKENS", 20)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [str(Path(sys.executable).with_name("omni-engine")), "serve", "--host", "127.0.0.1", "--port", port]
+    start = peers.server_start.measure_start(
+        [*command, "--enforce-eager"], {}, f"http://127.0.0.1:{port}/v1", tmp_path / "log"
+    )
+    assert 0 < start.first_token <= start.full_speed < start.first_token + 4 and start.peak_mb > 50
+    table = peers.server_start.start_table({"ours": [start], "none": []}, [1.0])
+    assert table.count("\n") == 3 and "| ours |" in table and "| import torch | 1.00" in table
 
 
 def test_tokens_are_checked_once_for_each_state_of_the_code_and_wrong_ones_stop_the_measuring(

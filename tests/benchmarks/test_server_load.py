@@ -85,7 +85,7 @@ def test_nothing_of_a_server_is_left_over(peers, tmp_path, ends_by_itself):
     log = tmp_path / "log"
     with (
         pytest.raises(RuntimeError, match="on purpose"),
-        peers.servers.running([sys.executable, "-c", SERVER], {}, log) as process,
+        peers.server_process.running([sys.executable, "-c", SERVER], {}, log) as process,
     ):
         deadline = time.monotonic() + 20
         while len(log.read_text().split()) < 2 and time.monotonic() < deadline:

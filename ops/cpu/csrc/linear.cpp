@@ -1,8 +1,8 @@
 // Matrix products with few rows: every weight is read once, in the order it lies in memory.
 //
-// A product is cut into tasks of output features. Within a task, a few weight rows at a time meet some rows of x as dot
-// products. The sum of one output runs over the inputs in one fixed order, so it does not depend on how many rows
-// x has, nor on how many threads there are.
+// A product is cut into tasks of output features and, where there are many, of rows of x. Within a task, a few weight
+// rows at a time meet some rows of x as dot products. The sum of one output runs over the inputs in one fixed order, so
+// it does not depend on how many rows x has, nor on how many threads there are.
 
 #include <algorithm>
 #include <limits>
@@ -12,10 +12,11 @@
 namespace omni {
 namespace {
 
-constexpr int64_t kStagedRows = 256;  // rows of x that are staged at a time
-constexpr int64_t kRowsToShare = 16;  // from which on threads share the staging
-constexpr int64_t kTasksPerThread = 8;
-constexpr int64_t kBlockRows = 24;  // a task has whole blocks of output features,
+constexpr int64_t kStagedBytes = 8 << 20;  // of x that are staged at a time
+constexpr int64_t kManyRows = 16;  // from which on threads share the staging, and tasks are smaller
+constexpr int64_t kTasksPerThread = 8, kTasksOfManyPerThread = 16;
+constexpr int64_t kRowsPerTask = 256;
+constexpr int64_t kBlockRows = 24;   // a task has whole blocks of output features,
 constexpr int64_t kMostBlocks = 11;  // at most so many
 constexpr int64_t kSumsStride = kRowsAtOnce + kSpare;
 
@@ -26,18 +27,21 @@ void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64
   auto* output = static_cast<T*>(problem.output) + first * problem.output_stride;
   const int64_t inputs = problem.inputs, outputs = problem.outputs;
   const int64_t blocks = (outputs + kBlockRows - 1) / kBlockRows;
-  const int64_t blocks_per_task = std::clamp<int64_t>(blocks / (thread_count() * kTasksPerThread), 1, kMostBlocks);
-  for_each_task((blocks + blocks_per_task - 1) / blocks_per_task, [&](int64_t task) {
-    const int64_t begin = task * blocks_per_task * kBlockRows;
+  const int64_t tasks = thread_count() * (count < kManyRows ? kTasksPerThread : kTasksOfManyPerThread);
+  const int64_t blocks_per_task = std::clamp<int64_t>(blocks / tasks, 1, kMostBlocks);
+  const int64_t parts = (blocks + blocks_per_task - 1) / blocks_per_task;
+  for_each_task((count + kRowsPerTask - 1) / kRowsPerTask * parts, [&](int64_t task) {
+    const int64_t begin = task % parts * blocks_per_task * kBlockRows;
     const int64_t end = std::min(begin + blocks_per_task * kBlockRows, outputs);
+    const int64_t first_row = task / parts * kRowsPerTask, last_row = std::min(first_row + kRowsPerTask, count);
     float sums[kColumnsAtOnce * kSumsStride];
-    for (int64_t row = 0; row < count; row += kColumnsAtOnce) {
-      const int64_t rows = std::min(kColumnsAtOnce, count - row);
+    for (int64_t row = first_row; row < last_row; row += kColumnsAtOnce) {
+      const int64_t rows = std::min(kColumnsAtOnce, last_row - row);
       for (int64_t n = begin; n < end; n += kRowsAtOnce) {
         const int64_t width = std::min(kRowsAtOnce, end - n);
         const T* from = weight + n * problem.weight_stride;
         dot_matrix<T>(from, problem.weight_stride, width, x + row * x_stride, x_stride, rows, inputs, sums, kSumsStride,
-                      row == 0 ? end - n - width : 0);
+                      row == first_row ? end - n - width : 0);
         for (int64_t m = 0; m < rows; ++m) {
           T* to = output + (row + m) * problem.output_stride + n;
           float* from = sums + m * kSumsStride;
@@ -56,22 +60,20 @@ template <class T>
 void linear_of(const Linear& problem) {
   const auto* x = static_cast<const T*>(problem.x);
   if constexpr (Staging<T>::kSame) {
-    if (problem.inputs % Staging<T>::kStep == 0) {
-      for (int64_t row = 0; row < problem.rows; row += kStagedRows)
-        multiply<T>(problem, reinterpret_cast<const Staged<T>*>(x + row * problem.x_stride), problem.x_stride, row,
-                    std::min(kStagedRows, problem.rows - row));
-      return;
-    }
+    if (problem.inputs % Staging<T>::kStep == 0)
+      return multiply<T>(problem, reinterpret_cast<const Staged<T>*>(x), problem.x_stride, 0, problem.rows);
   }
   static thread_local Scratch scratch;
   const int64_t stride = staged_size<T>(problem.inputs);
-  auto* staged = scratch.reserve<Staged<T>>(std::min(kStagedRows, problem.rows) * stride);
-  for (int64_t row = 0; row < problem.rows; row += kStagedRows) {
-    const int64_t count = std::min(kStagedRows, problem.rows - row);
+  const int64_t fitting = kStagedBytes / (stride * int64_t(sizeof(Staged<T>))) / kRowsPerTask * kRowsPerTask;
+  const int64_t at_once = std::min(std::max(fitting, kRowsPerTask), problem.rows);
+  auto* staged = scratch.reserve<Staged<T>>(at_once * stride);
+  for (int64_t row = 0; row < problem.rows; row += at_once) {
+    const int64_t count = std::min(at_once, problem.rows - row);
     const auto stage_row = [&](int64_t m) {
       stage<T>(x + (row + m) * problem.x_stride, problem.inputs, staged + m * stride);
     };
-    if (count < kRowsToShare) {
+    if (count < kManyRows) {
       for (int64_t m = 0; m < count; ++m) stage_row(m);
     } else {
       for_each_task(count, stage_row);
