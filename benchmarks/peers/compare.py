@@ -141,15 +141,16 @@ def compare_model(
     add: Callable[..., None],
     add_rates: Callable[[], None],
 ) -> None:
-    """The machine's rates, then all rounds of all workloads of one model, as long as there is time."""
+    """Of every workload the machine's rates, which count as they are at best, then all rounds, as long as there is
+    time."""
     engines = start_engines(options, model, samples)
     if options.pause:
         print(f"loaded; to go on: kill -CONT {os.getpid()}", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
         deadline = time.monotonic() + options.minutes * 60
     try:
-        add_rates()
         for workload in options.work:
+            add_rates()
             for engine in [engine for engine in engines if engine.runs(workload)]:
                 _try(engines, engine, model, partial(engine.sample, workload, 0))  # new shapes may be slower
             for number in range(options.pairs):

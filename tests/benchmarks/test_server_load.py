@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-PEERS = Path(__file__).parents[2] / "benchmarks" / "peers"
 # A server that starts two helpers, one in a session of its own, which ignore SIGTERM, and then does what it is told.
 SERVER = """
 import subprocess, sys, time
@@ -25,15 +22,6 @@ for helper in helpers:
 print(*(helper.pid for helper in helpers), flush=True)
 time.sleep(99)
 """
-
-
-@pytest.fixture
-def peers(monkeypatch):
-    monkeypatch.syspath_prepend(str(PEERS))
-    names = [path.stem for path in PEERS.glob("*.py")]
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in ("servers", "server_load")})
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 def result(**changes):
@@ -118,7 +106,15 @@ def test_a_server_is_ended_with_the_command_that_started_it(peers, tmp_path):
         "servers.server_commands = lambda options: {'x': ([sys.executable, '-c', script], {})}\n"
         "servers.main()"
     )
-    words = [str(PEERS), SERVER, str(tmp_path / "model"), "--logs", str(tmp_path), "--port", "9"]
+    words = [
+        str(Path(peers.servers.__file__).parent),
+        SERVER,
+        str(tmp_path / "model"),
+        "--logs",
+        str(tmp_path),
+        "--port",
+        "9",
+    ]
     with subprocess.Popen([sys.executable, "-c", program, *words]) as command:
         log = tmp_path / "x.log"
         deadline = time.monotonic() + 30
