@@ -77,23 +77,24 @@ void dot_rows(const T* const* rows, int64_t count, const Staged<T>* query, int64
 
 // Turns one head's scores into weights relative to the running maximum; returns by how much earlier sums shrink.
 // What stands behind the first `count` scores is overwritten; it counts for nothing.
-inline float soften(float* scores, int64_t count, float scale, float& maximum, float& total) {
+OMNI_INLINE float soften(float* scores, int64_t count, float scale, float& maximum, float& total) {
+  constexpr int kVectors = kBlock / kLanes;
   for (int64_t token = count; token < kBlock; ++token) scores[token] = -std::numeric_limits<float>::max();
-  const int64_t used = (count + kLanes - 1) / kLanes * kLanes;
-  Floats largest = splat(maximum);
-  for (int64_t token = 0; token < used; token += kLanes) {
-    const Floats scaled = load<Floats>(scores + token) * scale;
-    store(scores + token, scaled);
-    largest = larger(scaled, largest);
+  Floats values[kVectors], largest = splat(maximum);  // all scores, in registers
+  OMNI_UNROLL
+  for (int at = 0; at < kVectors; ++at) {
+    values[at] = load<Floats>(scores + at * kLanes) * scale;
+    largest = larger(values[at], largest);
   }
   const float reached = largest_of(largest);
   Floats sum = {};
-  for (int64_t token = 0; token < used; token += kLanes) {
-    const Floats weights = exponential(load<Floats>(scores + token) - reached);
-    store(scores + token, weights);
+  OMNI_UNROLL
+  for (int at = 0; at < kVectors; ++at) {
+    const Floats weights = exponential(values[at] - reached);
+    store(scores + at * kLanes, weights);
     sum += weights;
   }
-  const float shrink = std::exp(maximum - reached);
+  const float shrink = maximum == reached ? 1.0f : std::exp(maximum - reached);
   total = total * shrink + sum_of(sum);
   maximum = reached;
   return shrink;
@@ -141,15 +142,25 @@ void attend(const Shape& shape, const Problem& problem) {
       new (&unfinished[request * parts + part]) std::atomic<int64_t>(spans_of(request));
   const Task* tasks = task_list.data();
   const int64_t* first = first_task.data();
+  const int64_t count_of_tasks = int64_t(task_list.size()), threads = thread_count();
+  const auto pages_of = [&](int64_t request) {
+    return Pages{problem.block_table + request * problem.block_table_stride, problem.block_size};
+  };
+  const auto look_at_begin = [&](const Task& task, BlockAhead& ahead) {
+    const int64_t begin = shape.begin(task.request) + task.span * Shape::kSpan;
+    const int64_t count = std::clamp<int64_t>(problem.context_lens[task.request] - begin, 0, kBlock);
+    shape.look_ahead(pages_of(task.request), begin_of_part(task.part), begin_of_part(task.part + 1), begin, count,
+                     ahead);
+  };
 
-  for_each_task(int64_t(task_list.size()), [&](int64_t index) {
+  for_each_task(count_of_tasks, [&](int64_t index) {
     static thread_local Scratch query_scratch, score_scratch;
     const Task task = tasks[index];
     const int64_t first_unit = begin_of_part(task.part), last_unit = begin_of_part(task.part + 1);
     const int64_t first_head = first_unit * heads_of_unit;
     const int64_t heads = std::min(last_unit * heads_of_unit, problem.heads) - first_head;
     const int64_t query_size = shape.query_size();
-    const Pages pages{problem.block_table + task.request * problem.block_table_stride, problem.block_size};
+    const Pages pages = pages_of(task.request);
     const int64_t begin = shape.begin(task.request) + task.span * Shape::kSpan;
     const int64_t end = std::min<int64_t>(begin + Shape::kSpan, problem.context_lens[task.request]);
     Staged<T>* query = query_scratch.reserve<Staged<T>>(heads * query_size);
@@ -159,15 +170,21 @@ void attend(const Shape& shape, const Problem& problem) {
     float* sums = partials + index * task_size;
     std::fill_n(sums, heads * head_size, 0.0f);
     for (int64_t head = 0; head < heads; ++head) sums[head * head_size + padded] = -std::numeric_limits<float>::max();
-    // Nobody has asked for the first block, which is all that a short context has.
-    BlockAhead first_block;
-    shape.look_ahead(pages, first_unit, last_unit, begin, std::min(kBlock, end - begin), first_block);
-    first_block.spread(1);
-    first_block.ask();
+    // What a task begins with is asked for at the end of the one that this thread is likely to have before it.
+    if (index < threads) {
+      BlockAhead first_block;
+      look_at_begin(task, first_block);
+      first_block.spread(1);
+      first_block.ask();
+    }
     for (int64_t token = begin; token < end; token += kBlock) {
       const int64_t count = std::min(kBlock, end - token);
       BlockAhead ahead;
-      shape.look_ahead(pages, first_unit, last_unit, token + count, std::min(kBlock, end - token - count), ahead);
+      if (token + count < end) {
+        shape.look_ahead(pages, first_unit, last_unit, token + count, std::min(kBlock, end - token - count), ahead);
+      } else if (index + threads < count_of_tasks) {
+        look_at_begin(tasks[index + threads], ahead);
+      }
       for (int64_t head = 0; head < heads; head += heads_of_unit) {
         const int64_t unit = first_unit + head / heads_of_unit, unit_heads = std::min(heads_of_unit, heads - head);
         float* to = sums + head * head_size;

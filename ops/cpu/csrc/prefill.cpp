@@ -22,26 +22,13 @@ constexpr float kLowest = -std::numeric_limits<float>::max();
 
 constexpr int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
-template <int... kLane>
-OMNI_INLINE void interleave(Floats a, Floats b, Floats& lower, Floats& upper, std::integer_sequence<int, kLane...>) {
-  constexpr int kHalf = kLanes / 2;
-#if defined(__clang__)
-  lower = __builtin_shufflevector(a, b, (kLane % 2 * kLanes + kLane / 2)...);
-  upper = __builtin_shufflevector(a, b, (kLane % 2 * kLanes + kLane / 2 + kHalf)...);
-#else
-  lower = __builtin_shuffle(a, b, Ints{(kLane % 2 * kLanes + kLane / 2)...});
-  upper = __builtin_shuffle(a, b, Ints{(kLane % 2 * kLanes + kLane / 2 + kHalf)...});
-#endif
-}
-
 // kLanes vectors as a square whose rows become its columns: each pass interleaves the two halves.
 OMNI_INLINE void transpose(Floats (&square)[kLanes]) {
   for (int pass = 1; pass < kLanes; pass *= 2) {
     Floats next[kLanes];
     OMNI_UNROLL
     for (int row = 0; row < kLanes / 2; ++row)
-      interleave(square[row], square[row + kLanes / 2], next[2 * row], next[2 * row + 1],
-                 std::make_integer_sequence<int, kLanes>{});
+      interleave(square[row], square[row + kLanes / 2], next[2 * row], next[2 * row + 1]);
     OMNI_UNROLL
     for (int row = 0; row < kLanes; ++row) square[row] = next[row];
   }

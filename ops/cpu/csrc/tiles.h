@@ -406,11 +406,41 @@ OMNI_INLINE void weighted_tile(const RowAt& row_at, int64_t count, const float* 
   }
 }
 
+// The same for one head and kPairs * 2 * kLanes bfloat16 indices: words of two are taken apart, and their sums put
+// together at the end.
+template <int kPairs>
+OMNI_INLINE void weighted_pairs(const BFloat16* const* rows, int64_t at, int64_t count, const float* weights,
+                                float* to) {
+  Floats even[kPairs] = {}, odd[kPairs] = {};
+  for (int64_t row = 0; row < count; ++row) {
+    const Floats weight = splat(weights[row]);
+    OMNI_UNROLL
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const Words words = load<Words>(rows[row] + at + pair * 2 * kLanes);
+      even[pair] += weight * bits_as<Floats>(words << 16);
+      odd[pair] += weight * bits_as<Floats>(words & 0xffff0000u);
+    }
+  }
+  OMNI_UNROLL
+  for (int pair = 0; pair < kPairs; ++pair) {
+    Floats lower, upper;
+    interleave(even[pair], odd[pair], lower, upper);
+    float* target = to + at + pair * 2 * kLanes;
+    store(target, load<Floats>(target) + lower);
+    store(target + kLanes, load<Floats>(target + kLanes) + upper);
+  }
+}
+
 template <class T, int kHeads>
 inline void weighted_heads(const T* const* rows, int64_t count, int64_t size, const float* weights,
                            int64_t weights_stride, float* to, int64_t to_stride) {
   constexpr int kVectors = (kRegisters == 32 ? 16 : 8) / kHeads;
   int64_t at = 0;
+  if constexpr (std::is_same_v<T, BFloat16> && kHeads == 1) {
+    constexpr int kPairs = 4;
+    for (; at + kPairs * 2 * kLanes <= size; at += kPairs * 2 * kLanes)
+      weighted_pairs<kPairs>(rows, at, count, weights, to);
+  }
   const auto row_at = [&](int64_t row) __attribute__((always_inline)) { return rows[row] + at; };
   for (; at + kVectors * kLanes <= size; at += kVectors * kLanes)
     weighted_tile<kHeads, kVectors>(row_at, count, weights, weights_stride, to + at, to_stride);

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -210,6 +211,24 @@ OMNI_INLINE void store_sums(float* to, Floats a, Floats b, Floats c, Floats d) {
 #else
   to[0] = sum_of(a), to[1] = sum_of(b), to[2] = sum_of(c), to[3] = sum_of(d);
 #endif
+}
+
+template <int... kLane>
+OMNI_INLINE void interleave_lanes(Floats a, Floats b, Floats& lower, Floats& upper,
+                                  std::integer_sequence<int, kLane...>) {
+  constexpr int kHalf = kLanes / 2;
+#if defined(__clang__)
+  lower = __builtin_shufflevector(a, b, (kLane % 2 * kLanes + kLane / 2)...);
+  upper = __builtin_shufflevector(a, b, (kLane % 2 * kLanes + kLane / 2 + kHalf)...);
+#else
+  lower = __builtin_shuffle(a, b, Ints{(kLane % 2 * kLanes + kLane / 2)...});
+  upper = __builtin_shuffle(a, b, Ints{(kLane % 2 * kLanes + kLane / 2 + kHalf)...});
+#endif
+}
+
+// a0 b0 a1 b1 …: the first half of them and the second.
+OMNI_INLINE void interleave(Floats a, Floats b, Floats& lower, Floats& upper) {
+  interleave_lanes(a, b, lower, upper, std::make_integer_sequence<int, kLanes>{});
 }
 
 OMNI_INLINE float largest_of(Floats vector) {
