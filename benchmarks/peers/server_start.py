@@ -49,12 +49,14 @@ def watch_tokens(url: str, begin: float, until: float) -> list[float]:
 
     def ask() -> None:
         try:
-            while (now := time.perf_counter() - begin) < until:
+            while time.perf_counter() - begin < until:
                 with urllib.request.urlopen(request, timeout=120) as response:
                     for line in response:
                         now = time.perf_counter() - begin
                         if now >= until:
                             return
+                        if line.startswith(b'data: {"error"'):
+                            raise RuntimeError(line.decode().strip())
                         if line.startswith(b"data: {"):
                             times.append(now)
         except Exception as error:
@@ -72,10 +74,14 @@ def watch_tokens(url: str, begin: float, until: float) -> list[float]:
 
 def full_speed_after(times: Sequence[float]) -> float:
     """When the first second began in which as much came as FULL_SPEED of the rate in the last third of `times`, which
-    are in order."""
-    begin = times[0] + (times[-1] - times[0]) * 2 / 3
-    wanted = FULL_SPEED * (len(times) - bisect_left(times, begin)) / (times[-1] - begin)
-    return next(time for index, time in enumerate(times) if bisect_left(times, time + 1.0) - index >= wanted)
+    are in order. Raises RuntimeError if they are too few or too uneven to tell."""
+    if times and times[-1] - times[0] > 1.0:
+        begin = times[0] + (times[-1] - times[0]) * 2 / 3
+        wanted = FULL_SPEED * (len(times) - bisect_left(times, begin)) / (times[-1] - begin)
+        for index, time_of_token in enumerate(times):
+            if bisect_left(times, time_of_token + 1.0) - index >= wanted:
+                return time_of_token
+    raise RuntimeError(f"no steady speed in what came of the streams: {len(times)} pieces")
 
 
 def peak_of_start(command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> float:

@@ -160,6 +160,9 @@ def test_full_speed_begins_with_the_first_second_that_is_as_fast_as_the_end(peer
     assert peers.server_start.full_speed_after(fast) == 5.0
     gap = [time for time in fast if not 6 < time < 8]  # a fast beginning counts
     assert peers.server_start.full_speed_after(gap) == 5.0
+    for few in ([], [1.0], [1.0, 1.5]):
+        with pytest.raises(RuntimeError, match=f"no steady speed in what came of the streams: {len(few)} pieces"):
+            peers.server_start.full_speed_after(few)
 
 
 def test_streams_are_watched_until_their_time_is_over(peers, tmp_path, monkeypatch):

@@ -13,11 +13,11 @@ namespace omni {
 namespace {
 
 constexpr int64_t kStagedBytes = 8 << 20;  // of x that are staged at a time
-constexpr int64_t kManyRows = 16;  // from which on threads share the staging, and tasks are smaller
+constexpr int64_t kManyRows = 16;          // from which on threads share the staging, and tasks are smaller
 constexpr int64_t kTasksPerThread = 8, kTasksOfManyPerThread = 16;
-constexpr int64_t kRowsPerTask = 256;
-constexpr int64_t kBlockRows = 24;   // a task has whole blocks of output features,
-constexpr int64_t kMostBlocks = 11;  // at most so many
+constexpr int64_t kRowsPerTask = 256;  // of x,
+constexpr int64_t kBlockRows = 24;     // and whole blocks of output features,
+constexpr int64_t kMostBlocks = 11;    // at most so many
 constexpr int64_t kSumsStride = kRowsAtOnce + kSpare;
 
 template <class T>

@@ -90,10 +90,16 @@ constexpr int kWideRows = 3, kWideColumns = 4;
 template <class T>
 constexpr bool kHasWideTile = std::is_same_v<T, BFloat16>;
 
-#define OMNI_MULTIPLY_ADD(a, b, c)              \
+#define OMNI_COLUMN(address, a, b, c)             \
+  "vmovups " address ", %%ymm15\n\t"              \
   "vfmadd231ps %%ymm15, %%ymm12, %[" #a "]\n\t" \
   "vfmadd231ps %%ymm15, %%ymm13, %[" #b "]\n\t" \
   "vfmadd231ps %%ymm15, %%ymm14, %[" #c "]\n\t"
+#define OMNI_COLUMNS(offset)                               \
+  OMNI_COLUMN(offset "(%[x])", a0, b0, c0)                 \
+  OMNI_COLUMN(offset "(%[x], %[stride])", a1, b1, c1)      \
+  OMNI_COLUMN(offset "(%[x], %[stride], 2)", a2, b2, c2)   \
+  OMNI_COLUMN(offset "(%[last])", a3, b3, c3)
 
 // The even elements of three rows with those of four columns, then the odd ones: where the even ones have zeros, the
 // blend puts the odd ones of the same word.
@@ -104,28 +110,14 @@ OMNI_INLINE void dot_wide_step(Floats (&sums)[kWideRows][kWideColumns], const BF
       "vmovdqu (%[row_0]), %%ymm12\n\t"
       "vmovdqu (%[row_1]), %%ymm13\n\t"
       "vmovdqu (%[row_2]), %%ymm14\n\t"
-      "vmovups (%[x]), %%ymm15\n\t"
       "vpslld $16, %%ymm12, %%ymm12\n\t"
       "vpslld $16, %%ymm13, %%ymm13\n\t"
       "vpslld $16, %%ymm14, %%ymm14\n\t"
-      OMNI_MULTIPLY_ADD(a0, b0, c0)
-      "vmovups (%[x], %[stride]), %%ymm15\n\t"
-      OMNI_MULTIPLY_ADD(a1, b1, c1)
-      "vmovups (%[x], %[stride], 2), %%ymm15\n\t"
-      OMNI_MULTIPLY_ADD(a2, b2, c2)
-      "vmovups (%[last]), %%ymm15\n\t"
-      OMNI_MULTIPLY_ADD(a3, b3, c3)
+      OMNI_COLUMNS("")
       "vpblendw $0xaa, (%[row_0]), %%ymm12, %%ymm12\n\t"
       "vpblendw $0xaa, (%[row_1]), %%ymm13, %%ymm13\n\t"
       "vpblendw $0xaa, (%[row_2]), %%ymm14, %%ymm14\n\t"
-      "vmovups 32(%[x]), %%ymm15\n\t"
-      OMNI_MULTIPLY_ADD(a0, b0, c0)
-      "vmovups 32(%[x], %[stride]), %%ymm15\n\t"
-      OMNI_MULTIPLY_ADD(a1, b1, c1)
-      "vmovups 32(%[x], %[stride], 2), %%ymm15\n\t"
-      OMNI_MULTIPLY_ADD(a2, b2, c2)
-      "vmovups 32(%[last]), %%ymm15\n\t"
-      OMNI_MULTIPLY_ADD(a3, b3, c3)
+      OMNI_COLUMNS("32")
       : [a0] "+x"(sums[0][0]), [a1] "+x"(sums[0][1]), [a2] "+x"(sums[0][2]), [a3] "+x"(sums[0][3]),
         [b0] "+x"(sums[1][0]), [b1] "+x"(sums[1][1]), [b2] "+x"(sums[1][2]), [b3] "+x"(sums[1][3]),
         [c0] "+x"(sums[2][0]), [c1] "+x"(sums[2][1]), [c2] "+x"(sums[2][2]), [c3] "+x"(sums[2][3])
@@ -133,7 +125,8 @@ OMNI_INLINE void dot_wide_step(Floats (&sums)[kWideRows][kWideColumns], const BF
         [stride] "r"(x_stride * sizeof(float)), [last] "r"(x + 3 * x_stride)
       : "xmm12", "xmm13", "xmm14", "xmm15", "memory");
 }
-#undef OMNI_MULTIPLY_ADD
+#undef OMNI_COLUMNS
+#undef OMNI_COLUMN
 #else
 constexpr int kWideRows = kTileRows, kWideColumns = kTileColumns;
 template <class T>
