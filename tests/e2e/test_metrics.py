@@ -6,7 +6,7 @@ import asyncio
 import json
 
 import pytest
-from aiohttp import ClientSession, ClientTimeout, web
+from aiohttp import ClientSession, web
 from prometheus_client.parser import text_string_to_metric_families
 
 from omni_engine import AsyncEngine, EngineArgs
@@ -189,20 +189,18 @@ def test_gauges_return_to_zero_after_aborts(served):
     names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 
     async def scenario(session):
-        async def give_up():
-            with pytest.raises(asyncio.TimeoutError):
-                body = {"prompt": PROMPT, "max_tokens": 150, "ignore_eos": True, "n": 2}
-                async with session.post("/v1/completions", json=body, timeout=ClientTimeout(total=0.4)):
-                    pass
+        async def ask():
+            body = {"prompt": PROMPT, "max_tokens": 150, "ignore_eos": True, "n": 2}
+            async with session.post("/v1/completions", json=body):
+                pass
 
         before = await scrape(session)
-        tasks = [asyncio.create_task(give_up()) for _ in range(20)]
-        busiest = 0.0
-        while not all(task.done() for task in tasks):
-            samples = await scrape(session)
-            busiest = max(busiest, samples["num_requests_running"] + samples["num_requests_waiting"])
-        await asyncio.gather(*tasks)
-        assert busiest > 0
+        clients = [asyncio.create_task(ask()) for _ in range(20)]  # 40 sequences for 8 seats: most still wait
+        while not (samples := await scrape(session))["num_requests_running"] or not samples["num_requests_waiting"]:
+            assert not all(client.done() for client in clients)
+        for client in clients:
+            client.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
         for _ in range(100):
             samples = await scrape(session)
             if not any(samples[name] for name in names):
