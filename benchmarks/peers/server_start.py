@@ -21,20 +21,23 @@ FULL_SPEED = 0.9  # of what comes at the end
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds to the first token and to full speed, and the peak of memory in MB until the first token."""
+    """Seconds to the first token and, if it was watched, to full speed, and the peak of memory in MB until the first
+    token."""
 
     first_token: float
-    full_speed: float
+    full_speed: float | None
     peak_mb: float
 
 
-def time_start(command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> tuple[float, float]:
-    """Seconds from the start of the process to its first token and to full speed."""
+def time_start(
+    command: Sequence[str], environment: Mapping[str, str], url: str, log: Path, watched: bool
+) -> tuple[float, float | None]:
+    """Seconds from the start of the process to its first token and, if it is watched, to full speed."""
     begin = time.perf_counter()
     with running(command, environment, log) as process:
         first_token(url, process)
         first = time.perf_counter() - begin
-        return first, full_speed_after(watch_tokens(url, begin, first + WATCHED_SECONDS))
+        return first, full_speed_after(watch_tokens(url, begin, first + WATCHED_SECONDS)) if watched else None
 
 
 def watch_tokens(url: str, begin: float, until: float) -> list[float]:
@@ -103,9 +106,11 @@ def peak_of_start(command: Sequence[str], environment: Mapping[str, str], url: s
         return max(peak[0], memory_mb(process.pid))
 
 
-def measure_start(command: Sequence[str], environment: Mapping[str, str], url: str, log: Path) -> Start:
+def measure_start(
+    command: Sequence[str], environment: Mapping[str, str], url: str, log: Path, watched: bool = True
+) -> Start:
     """Of one server. Raises RuntimeError if it ends or answers nothing."""
-    first, full_speed = time_start(command, environment, url, log)
+    first, full_speed = time_start(command, environment, url, log, watched)
     peak = peak_of_start(command, environment, url, log)  # another one, which looking at it may slow down
     return Start(first, full_speed, peak)
 
@@ -127,7 +132,8 @@ def start_table(starts: Mapping[str, Sequence[Start]], imports: Sequence[float])
     for name, taken in starts.items():
         if taken:
             first = Spread.of([each.first_token for each in taken]).text(2)
-            full = Spread.of([each.full_speed for each in taken]).text(2)
+            watched = [each.full_speed for each in taken if each.full_speed is not None]
+            full = Spread.of(watched).text(2) if watched else ""
             lines.append(f"| {name} | {first} | {full} | {Spread.of([each.peak_mb for each in taken]).text(0)} |")
     if imports:
         lines.append(f"| import torch | {Spread.of(list(imports)).text(2)} | | |")

@@ -5,7 +5,8 @@
 
 W6 starts every server in turn, `--pairs` times, asks for one token until it comes, and then keeps 8 streams busy, until
 they are as fast as they will be; beside it stands the time that a Python takes to import torch. Peak memory is that of
-the processes of the server until the first token, shared pages counted once (PSS), in a start of its own.
+the processes of the server until the first token, shared pages counted once (PSS), in a start of its own. Ours starts
+twice, with its graphs cached and with none; those are compiled meanwhile, and it is not watched until then.
 
 W5 (`--load`) first finds each server's capacity, the requests per second of a closed loop of `--concurrency`. Then a
 round starts every server in turn, warms it, and measures it twice: under Poisson arrivals at 70 % of the lowest
@@ -28,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from checkpoints import SHAPES, write_checkpoint
 from compare import busy_seconds, own_seconds
 from llama_cpp import NAME as LLAMA_CPP
 from llama_cpp import find_program, make_gguf
@@ -39,6 +41,7 @@ from server_start import Start, measure_start, start_table, time_of_import
 HOST = "127.0.0.1"
 LOAD_SHARE = 0.7  # of the capacity of the slowest server
 WARMUP_SEED = 1_000_000
+WITHOUT_GRAPHS = f"{OURS}, no graphs cached"
 
 
 def server_commands(options: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, str]]]:
@@ -68,15 +71,31 @@ def _tell_not_run(name: str, error: Exception) -> None:
     print(f"not run: {name}: {error}", file=sys.stderr, flush=True)
 
 
+def compile_graphs(command: tuple[list[str], dict[str, str]]) -> None:
+    """Those of our server's command, where the cache has none."""
+    ours, environment = command
+    place = ours.index("--host")
+    compiling = [ours[0], "compile", *ours[2:place], *ours[place + 4 :]]
+    if subprocess.run(compiling, env={**os.environ, **environment}, stdout=subprocess.DEVNULL).returncode:
+        print(f"{OURS} runs without its graphs, for the reason above", file=sys.stderr, flush=True)
+
+
 def measure_starts(options: argparse.Namespace, url: str) -> None:
     """All servers in turn, `--pairs` times; one that fails is left out from then on."""
     commands = server_commands(options)
+    if options.pairs:
+        compile_graphs(commands[OURS])
+    commands = {OURS: commands[OURS], WITHOUT_GRAPHS: commands[OURS], **commands}
     starts: dict[str, list[Start]] = {name: [] for name in commands}
     imports: list[float] = []
     for _ in range(options.pairs):
         for name, (command, environment) in list(commands.items()):
             try:
-                start = measure_start(command, environment, url, options.logs / f"{name}.log")
+                with tempfile.TemporaryDirectory() as folder:
+                    cached = name != WITHOUT_GRAPHS
+                    flags = [] if cached else ["--compilation-config", json.dumps({"cache_dir": folder})]
+                    log = options.logs / f"{name}.log"
+                    start = measure_start([*command, *flags], environment, url, log, watched=cached)
             except (RuntimeError, OSError) as error:
                 _tell_not_run(name, error)
                 del commands[name]
@@ -116,11 +135,7 @@ def measure_load(options: argparse.Namespace, url: str) -> None:
     samples = options.model.parent / "servers.jsonl"
     commands = server_commands(options) if options.pairs else {}
     if commands:
-        ours, environment = commands[OURS]
-        place = ours.index("--host")
-        compiling = [ours[0], "compile", *ours[2:place], *ours[place + 4 :]]
-        if subprocess.run(compiling, env={**os.environ, **environment}, stdout=subprocess.DEVNULL).returncode:
-            print(f"{OURS} runs without its graphs, for the reason above", file=sys.stderr, flush=True)
+        compile_graphs(commands[OURS])
     rate, run, capacities = options.rate, time.strftime("%Y-%m-%dT%H:%M:%S"), {}
     for number in range(-1 if rate is None else 0, options.pairs):
         if number == 0 and rate is None:
@@ -161,6 +176,8 @@ def main() -> None:
     parser.add_argument("--serve-flag", action="append", default=[], help="further flag of `omni-engine serve`")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended too
+    if options.model.name in SHAPES:
+        write_checkpoint(options.model.parent, options.model.name)
     url = f"http://{HOST}:{options.port}/v1"
     if options.load:
         measure_load(options, url)

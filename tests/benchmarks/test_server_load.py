@@ -103,7 +103,8 @@ def test_a_server_is_ended_with_the_command_that_started_it(peers, tmp_path):
     (tmp_path / "model").mkdir()
     program = (
         "import sys; folder, script = sys.argv[1:3]; del sys.argv[1:3]; sys.path.insert(0, folder); import servers\n"
-        "servers.server_commands = lambda options: {'x': ([sys.executable, '-c', script], {})}\n"
+        "servers.compile_graphs = print\n"
+        "servers.server_commands = lambda options: {'omni-engine': ([sys.executable, '-c', script], {})}\n"
         "servers.main()"
     )
     words = [
@@ -116,7 +117,7 @@ def test_a_server_is_ended_with_the_command_that_started_it(peers, tmp_path):
         "9",
     ]
     with subprocess.Popen([sys.executable, "-c", program, *words]) as command:
-        log = tmp_path / "x.log"
+        log = tmp_path / "omni-engine.log"
         deadline = time.monotonic() + 30
         while not (log.exists() and len(log.read_text().split()) == 2) and time.monotonic() < deadline:
             time.sleep(0.05)
