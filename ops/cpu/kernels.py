@@ -8,15 +8,20 @@ Importing this module loads the library: see `build.load_kernels` for what that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
-from .. import attention, moe
+from .. import activation, attention, mla, moe, norm, rope
 from ..attention import per_token
 from . import build
 
 _FORM = build.loaded().form
 _ops = torch.ops.omni
+_Given, _Made = ParamSpec("_Given"), TypeVar("_Made")
 
 # Tokens per call and rows per expert from which AVX-512 machines leave experts to the library, whose kernels for many
 # rows are made for them. More tokens than a compiled graph has: the plain body cannot stand in one.
@@ -116,3 +121,67 @@ def routed_experts(hidden: Tensor, weights: Tensor, expert_ids: Tensor, gate_up:
     ):
         return moe.routed_experts(hidden, weights, expert_ids, gate_up, down)
     return _ops.routed_experts(hidden, weights, expert_ids, gate_up, down)
+
+
+def _without_a_graph(plain: Callable[_Given, _Made]) -> Callable[[Callable[_Given, _Made]], Callable[_Given, _Made]]:
+    """For kernels that only steps without a graph use: a graph gets `plain`, which its compiler fuses with what is
+    before and behind it."""
+
+    def choose(kernel: Callable[_Given, _Made]) -> Callable[_Given, _Made]:
+        @wraps(kernel)
+        def body(*args: _Given.args, **kwargs: _Given.kwargs) -> _Made:
+            return plain(*args, **kwargs) if torch.compiler.is_compiling() else kernel(*args, **kwargs)
+
+        return body
+
+    return choose
+
+
+@_without_a_graph(norm.rms_norm)
+def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """As `ops.norm.rms_norm`."""
+    return _ops.rms_norm(hidden, weight, epsilon)
+
+
+@_without_a_graph(norm.add_rms_norm)
+def add_rms_norm(hidden: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """As `ops.norm.add_rms_norm`."""
+    return _ops.add_rms_norm(hidden, residual, weight, epsilon)
+
+
+@_without_a_graph(activation.swiglu)
+def swiglu(gate_up: Tensor) -> Tensor:
+    """As `ops.activation.swiglu`."""
+    return _ops.swiglu(gate_up)
+
+
+@_without_a_graph(rope.rotate)
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """As `ops.rope.rotate`."""
+    return _ops.rotate(heads, cos, sin, interleaved)
+
+
+@_without_a_graph(attention.write_kv_cache)
+def write_kv_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """As `ops.attention.write_kv_cache`; slots must not be negative."""
+    _ops.write_cache(key, key_cache, slots)
+    _ops.write_cache(value, value_cache, slots)
+
+
+@_without_a_graph(mla.write_latent_cache)
+def write_latent_cache(
+    latent_and_key: Tensor,
+    norm_weight: Tensor,
+    epsilon: float,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    latent_cache: Tensor,
+    rope_key_cache: Tensor,
+    slots: Tensor,
+) -> None:
+    """As `ops.mla.write_latent_cache`; slots must not be negative."""
+    rank, rope_dim = latent_cache.shape[-1], rope_key_cache.shape[-1]
+    latent, rope_key = latent_and_key.unsqueeze(1).split((rank, rope_dim), dim=-1)
+    _ops.write_cache(_ops.rms_norm(latent, norm_weight, epsilon), latent_cache, slots)
+    _ops.write_cache(_ops.rotate(rope_key, cos, sin, interleaved), rope_key_cache, slots)

@@ -416,6 +416,107 @@ def test_products_do_not_depend_on_the_number_of_threads(own: OpTable, count: in
         assert torch.equal(own.head_linear(x.view(5, 4, 25), heads), up)
 
 
+# Between the products
+
+
+def assert_rounded_alike(result: Tensor, expected: Tensor) -> None:
+    """Also where the plain body rounds halfway: sums in another order change few results, a rounding left out many."""
+    assert_close(result, expected, result.dtype)
+    if result.dtype != torch.float32:
+        assert (result == expected).float().mean() > 0.98
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 64), (5, 33), (300, 770), (7, 3, 40), (2, 3, 4, 16), (12,), (0, 8)], ids=str)
+def test_norms_equal_the_plain_body(own: OpTable, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    hidden, weight = randn(dtype, *shape), (torch.rand(shape[-1]) + 0.5).to(dtype)
+    if hidden.numel():
+        assert_rounded_alike(own.rms_norm(hidden, weight, 1e-5), PLAIN.rms_norm(hidden, weight, 1e-5))
+    assert own.rms_norm(hidden, weight, 1e-5).shape == shape
+    if len(shape) == 2 and hidden.numel():
+        residual = randn(dtype, *shape)
+        normalised, total = own.add_rms_norm(hidden, residual, weight, 1e-5)
+        expected, expected_total = PLAIN.add_rms_norm(hidden, residual, weight, 1e-5)
+        assert torch.equal(total, expected_total)
+        assert_rounded_alike(normalised, expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 64), (5, 34), (300, 1540), (3, 2, 48), (6,), (0, 8)], ids=str)
+def test_gated_activation_equals_the_plain_body(own: OpTable, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    gate_up = randn(dtype, *shape) * 4
+    if gate_up.numel():
+        assert_rounded_alike(own.swiglu(gate_up), PLAIN.swiglu(gate_up))
+    assert own.swiglu(gate_up).shape == (*shape[:-1], shape[-1] // 2)
+
+
+def test_large_gates_neither_overflow_nor_vanish(own: OpTable) -> None:
+    gate_up = torch.tensor([[-3e4, -100.0, 100.0, 3e4, 1.0, 1.0, 2.0, 2.0]])
+    torch.testing.assert_close(own.swiglu(gate_up), torch.tensor([[0.0, 0.0, 200.0, 6e4]]))
+
+
+@DTYPES
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("heads", "dim", "pairs"), [(1, 64, 32), (3, 40, 20), (5, 24, 8), (2, 6, 3)])
+def test_rotation_equals_the_plain_body(
+    own: OpTable, dtype: torch.dtype, interleaved: bool, heads: int, dim: int, pairs: int
+) -> None:
+    angles = torch.randn(70, pairs) * 3
+    rows = randn(dtype, 70, heads, dim)
+    cos, sin = angles.cos(), angles.sin()
+    assert_rounded_alike(own.rotate(rows, cos, sin, interleaved), PLAIN.rotate(rows, cos, sin, interleaved))
+
+
+@DTYPES
+def test_pieces_of_a_fused_product_are_read_where_they_lie(own: OpTable, dtype: torch.dtype) -> None:
+    fused = randn(dtype, 9, 3 * 32 + 7)
+    query, rest = fused.split((2 * 32, 32 + 7), dim=-1)
+    heads, weight = query.unflatten(-1, (2, 32)), torch.rand(32).to(dtype)
+    angles = torch.randn(9, 16)
+    assert_rounded_alike(own.rms_norm(heads, weight, 1e-6), PLAIN.rms_norm(heads, weight, 1e-6))
+    turned = own.rotate(heads, angles.cos(), angles.sin(), False)
+    assert_rounded_alike(turned, PLAIN.rotate(heads, angles.cos(), angles.sin(), False))
+    assert_rounded_alike(own.swiglu(rest[:, :32]), PLAIN.swiglu(rest[:, :32]))
+    assert_rounded_alike(own.swiglu(fused.mT[:, :8]), PLAIN.swiglu(fused.mT[:, :8]))
+    caches = [torch.zeros(4, 4, 2, 32, dtype=dtype) for _ in range(4)]
+    slots = torch.tensor([4, 5, 6, 7, 12, 13, 0, 0, 9])
+    own.write_kv_cache(heads, heads * 2, caches[0], caches[1], slots)
+    PLAIN.write_kv_cache(heads[:8], heads[:8] * 2, caches[2], caches[3], slots[:8])
+    PLAIN.write_kv_cache(heads[8:], heads[8:] * 2, caches[2], caches[3], slots[8:])
+    for written, expected in zip(caches[:2], caches[2:], strict=True):
+        assert torch.equal(written[1:], expected[1:])  # of block 0 any one stays
+
+
+@DTYPES
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_latents_are_written_as_by_the_plain_body(own: OpTable, dtype: torch.dtype, interleaved: bool) -> None:
+    rows, weight, angles = randn(dtype, 6, 40 + 16), torch.rand(40).to(dtype), torch.randn(6, 8)
+    slots = torch.tensor([9, 8, 4, 5, 15, 11])
+    written, expected = ([torch.zeros(4, 4, 1, size, dtype=dtype) for size in (40, 16)] for _ in range(2))
+    for table, caches in ((own, written), (PLAIN, expected)):
+        table.write_latent_cache(rows, weight, 1e-6, angles.cos(), angles.sin(), interleaved, *caches, slots)
+    for result, wanted in zip(written, expected, strict=True):
+        assert_rounded_alike(result, wanted)
+
+
+def test_a_cache_of_another_order_of_dimensions_is_written_too(own: OpTable) -> None:
+    rows, slots = torch.randn(3, 2, 8), torch.tensor([1, 6, 3])
+    by_head = torch.zeros(2, 2, 4, 8).transpose(1, 2)  # [blocks, block_size, heads, dim]
+    own.write_kv_cache(rows, rows, by_head, torch.zeros(2, 4, 2, 8), slots)
+    assert torch.equal(by_head.reshape(8, 2, 8)[slots], rows) and by_head.count_nonzero() == rows.count_nonzero()
+
+
+@DTYPES
+def test_a_token_between_the_products_depends_on_nothing_but_itself(own: OpTable, dtype: torch.dtype) -> None:
+    hidden, weight = randn(dtype, 90, 300), torch.rand(300).to(dtype)  # more than one task
+    whole, gated = own.rms_norm(hidden, weight, 1e-5), own.swiglu(hidden)
+    for rows in (slice(0, 1), slice(41, 60), slice(89, 90)):
+        assert torch.equal(own.rms_norm(hidden[rows], weight, 1e-5), whole[rows])
+        assert torch.equal(own.swiglu(hidden[rows]), gated[rows])
+    with threads(2):
+        assert torch.equal(own.rms_norm(hidden, weight, 1e-5), whole) and torch.equal(own.swiglu(hidden), gated)
+
+
 # What graphs and wrong calls see
 
 
@@ -462,6 +563,21 @@ def wrong_calls() -> Iterator[Any]:
     yield causal, (query, keys[0], values[0, :3], 0.2), ValueError, r"value must be of shape \[4, 2, 20\]"
     yield experts, (hidden, weights, ids + 4, gate_up, down), IndexError, r"expert_ids must be in \[0, 4\): \d"
     yield experts, (hidden, weights.double(), ids, gate_up, down), ValueError, "weights must be float32: Double"
+    rows, angles, write = torch.randn(2, 2, 24), torch.randn(2, 13), "write_kv_cache"
+    yield "rms_norm", (hidden, torch.randn(7), 1e-5), ValueError, "last dimension of hidden must be 7"
+    yield "add_rms_norm", (hidden, hidden[:1], torch.randn(8), 1e-5), ValueError, r"residual must be of shape \[2, 8\]"
+    yield "swiglu", (torch.randn(2, 7),), ValueError, r"must be even: \[2, 7\]"
+    yield "rotate", (rows, angles, angles, True), ValueError, "at least 26 elements"
+    yield "rotate", (rows, angles[:1], angles[:1], True), ValueError, r"cos must be of shape \[2, 13\]"
+    for slot in (-1, len(keys) * 4):
+        yield (
+            write,
+            (rows, rows[..., :20], keys, values, torch.tensor([0, slot])),
+            IndexError,
+            f"slots must be.*: {slot}",
+        )
+    yield write, (rows, rows, keys, values, torch.tensor([0, 1])), ValueError, "cache must be of shape"
+    yield write, (rows, rows, keys, values, torch.tensor([0])), ValueError, r"slots must be of shape \[2\]"
 
 
 @pytest.mark.parametrize(("op", "arguments", "error", "message"), [*wrong_calls()])

@@ -12,7 +12,6 @@
 namespace omni {
 
 constexpr int64_t kBlock = 32;  // tokens whose scores are held at a time
-constexpr int64_t kTilesOfBlock = kBlock / kTileRows;
 constexpr int64_t kValueLanes = 2 * kLanes;
 constexpr int64_t kTasksPerThread = 4;
 
@@ -22,58 +21,53 @@ struct Pages {
   int64_t block_size;
 
   // The addresses of `count` tokens from `token` on.
-  template <class T, class Address>
-  void rows(const PagedCache& cache, int64_t head, int64_t token, int64_t count, Address* to) const {
+  template <class T>
+  void rows(const PagedCache& cache, int64_t head, int64_t token, int64_t count, const T** to) const {
     const T* base = static_cast<const T*>(cache.data) + head * cache.head_stride;
     int64_t page = token / block_size, offset = token % block_size;
     for (int64_t index = 0; index < count; ++page, offset = 0) {
       const T* from = base + blocks[page] * cache.block_stride;
-      for (; offset < block_size && index < count; ++offset, ++index)
-        to[index] = reinterpret_cast<Address>(from + offset * cache.token_stride);
+      for (; offset < block_size && index < count; ++offset, ++index) to[index] = from + offset * cache.token_stride;
     }
   }
 };
 
-// The memory of the next block, asked for a little at a time and in the order in which it lies. The heads of a token
-// lie side by side, but one after the other goes through the block: read like that, in pieces of a line or two, memory
-// gave a fourth of its bandwidth.
+// Where the two parts of a block's tokens begin: keys and values, or latents and rope keys.
+template <class T>
+struct BlockRows {
+  const T* parts[2][kBlock];
+  int64_t count = 0;
+};
+
+// The memory of the next block, asked for a little at a time and in the order in which it lies. Asked for in bursts it
+// holds up what is computed meanwhile, and head by head, in pieces of a line or two, memory gave a fourth of its
+// bandwidth.
+template <class T>
 struct BlockAhead {
-  struct Part {  // the same bytes of every token
-    const char* tokens[kBlock];
-    int64_t lines;
-  };
-  Part parts[2];
-  int64_t count = 0, part = 0, token = 0, line = 0, lines_per_tile = 0;
+  static constexpr int64_t kLine = kLineBytes / int64_t(sizeof(T));
+  struct Part {
+    const T* const* rows;
+    int64_t count, size, row = 0, at = 0;  // of a row `size` elements are read
 
-  // To be asked for in the course of `tiles` calls.
-  void spread(int64_t tiles) { lines_per_tile = (count * (parts[0].lines + parts[1].lines) + tiles - 1) / tiles; }
+    // As many elements as must be asked for each time if all is to be in `times`.
+    int64_t share(int64_t times) const { return (count * size + times * kLine - 1) / (times * kLine) * kLine; }
 
-  void ask(int64_t tiles = 1) {
-    for (int64_t left = lines_per_tile * tiles; left > 0 && part < 2 && token < count; --left) {
-      __builtin_prefetch(parts[part].tokens[token] + line * kLineBytes, 0, 2);
-      if (++line >= parts[part].lines) {
-        line = 0;
-        if (++token == count) token = 0, ++part;
+    OMNI_INLINE void ask(int64_t elements) {
+      while (elements > 0 && row < count) {
+        const int64_t taken = std::min(elements, size - at);
+        const T* from = rows[row] + at;
+        for (int64_t line = 0; line < taken; line += kLine) __builtin_prefetch(from + line, 0, 2);
+        elements -= taken;
+        at += taken;
+        if (at >= size) at = 0, ++row;
       }
     }
-  }
-};
+  };
+  Part parts[2];
 
-// scores[head * kBlock + row] = rows[row] . query[head]
-template <class T>
-void dot_rows(const T* const* rows, int64_t count, const Staged<T>* query, int64_t query_stride, int64_t heads,
-              int64_t size, float* scores, BlockAhead& ahead) {
-  int64_t row = 0;
-  for (; row + kTileRows <= count; row += kTileRows) {
-    ahead.ask();
-    const T* const tile[kTileRows] = {rows[row], rows[row + 1], rows[row + 2], rows[row + 3]};
-    dot_columns<T, kTileRows>(tile, query, query_stride, heads, size, scores + row, kBlock);
-  }
-  for (; row < count; ++row) {
-    const T* const single[1] = {rows[row]};
-    dot_columns<T, 1>(single, query, query_stride, heads, size, scores + row, kBlock);
-  }
-}
+  BlockAhead(const BlockRows<T>& block, int64_t first_size, int64_t second_size)
+      : parts{{block.parts[0], block.count, first_size}, {block.parts[1], block.count, second_size}} {}
+};
 
 // Turns one head's scores into weights relative to the running maximum; returns by how much earlier sums shrink.
 // What stands behind the first `count` scores is overwritten; it counts for nothing.
@@ -146,11 +140,13 @@ void attend(const Shape& shape, const Problem& problem) {
   const auto pages_of = [&](int64_t request) {
     return Pages{problem.block_table + request * problem.block_table_stride, problem.block_size};
   };
-  const auto look_at_begin = [&](const Task& task, BlockAhead& ahead) {
-    const int64_t begin = shape.begin(task.request) + task.span * Shape::kSpan;
-    const int64_t count = std::clamp<int64_t>(problem.context_lens[task.request] - begin, 0, kBlock);
-    shape.look_ahead(pages_of(task.request), begin_of_part(task.part), begin_of_part(task.part + 1), begin, count,
-                     ahead);
+  const auto locate = [&](const Task& task, int64_t token, int64_t end, BlockRows<T>& rows) {
+    rows.count = std::clamp<int64_t>(end - token, 0, kBlock);
+    shape.locate(pages_of(task.request), begin_of_part(task.part), token, rows);
+  };
+  const auto begin_of = [&](const Task& task) { return shape.begin(task.request) + task.span * Shape::kSpan; };
+  const auto end_of = [&](const Task& task) {
+    return std::min<int64_t>(begin_of(task) + Shape::kSpan, problem.context_lens[task.request]);
   };
 
   for_each_task(count_of_tasks, [&](int64_t index) {
@@ -159,47 +155,42 @@ void attend(const Shape& shape, const Problem& problem) {
     const int64_t first_unit = begin_of_part(task.part), last_unit = begin_of_part(task.part + 1);
     const int64_t first_head = first_unit * heads_of_unit;
     const int64_t heads = std::min(last_unit * heads_of_unit, problem.heads) - first_head;
-    const int64_t query_size = shape.query_size();
-    const Pages pages = pages_of(task.request);
-    const int64_t begin = shape.begin(task.request) + task.span * Shape::kSpan;
-    const int64_t end = std::min<int64_t>(begin + Shape::kSpan, problem.context_lens[task.request]);
+    const int64_t query_size = shape.query_size(), begin = begin_of(task), end = end_of(task);
     Staged<T>* query = query_scratch.reserve<Staged<T>>(heads * query_size);
     for (int64_t head = 0; head < heads; ++head)
       shape.stage_query(task.request, first_head + head, query + head * query_size);
-    float* scores = score_scratch.reserve<float>(heads_of_unit * kBlock);
+    float* scores = score_scratch.reserve<float>(heads * kBlock);
     float* sums = partials + index * task_size;
     std::fill_n(sums, heads * head_size, 0.0f);
     for (int64_t head = 0; head < heads; ++head) sums[head * head_size + padded] = -std::numeric_limits<float>::max();
-    // What a task begins with is asked for at the end of the one that this thread is likely to have before it.
+    // A block is asked for while the one before it is computed with, the first one of a task at the end of the one that
+    // this thread is likely to have before it.
+    BlockRows<T> blocks[2];
+    locate(task, begin, end, blocks[0]);
     if (index < threads) {
-      BlockAhead first_block;
-      look_at_begin(task, first_block);
-      first_block.spread(1);
-      first_block.ask();
+      BlockAhead<T> first_block = shape.ahead(blocks[0], last_unit - first_unit);
+      for (auto& part : first_block.parts) part.ask(part.share(1));
     }
-    for (int64_t token = begin; token < end; token += kBlock) {
-      const int64_t count = std::min(kBlock, end - token);
-      BlockAhead ahead;
-      if (token + count < end) {
-        shape.look_ahead(pages, first_unit, last_unit, token + count, std::min(kBlock, end - token - count), ahead);
-      } else if (index + threads < count_of_tasks) {
-        look_at_begin(tasks[index + threads], ahead);
+    for (int64_t token = begin, number = 0; token < end; token += kBlock, ++number) {
+      const BlockRows<T>& block = blocks[number % 2];
+      BlockRows<T>& next = blocks[(number + 1) % 2];
+      const bool ends = token + kBlock >= end, has_next = index + threads < count_of_tasks;
+      const Task& of_next = ends && has_next ? tasks[index + threads] : task;
+      if (ends) {
+        locate(of_next, has_next ? begin_of(of_next) : end, end_of(of_next), next);
+      } else {
+        locate(task, token + kBlock, end, next);
       }
-      for (int64_t head = 0; head < heads; head += heads_of_unit) {
-        const int64_t unit = first_unit + head / heads_of_unit, unit_heads = std::min(heads_of_unit, heads - head);
-        float* to = sums + head * head_size;
-        shape.scores(pages, unit, token, count, query + head * query_size, unit_heads, scores, ahead);
-        ahead.ask(kTilesOfBlock / 2);
-        for (int64_t of_unit = 0; of_unit < unit_heads; ++of_unit) {
-          float* of_head = to + of_unit * head_size;
-          const float shrink =
-              soften(scores + of_unit * kBlock, count, problem.scale, of_head[padded], of_head[padded + 1]);
-          if (shrink != 1.0f)
-            for (int64_t at = 0; at < padded; ++at) of_head[at] *= shrink;
-        }
-        ahead.ask(kTilesOfBlock / 2);
-        shape.add_values(pages, unit, token, count, scores, unit_heads, to, head_size);
+      BlockAhead<T> ahead = shape.ahead(next, begin_of_part(of_next.part + 1) - begin_of_part(of_next.part));
+      shape.scores(block, query, heads, scores, ahead);
+      for (int64_t head = 0; head < heads; ++head) {
+        float* of_head = sums + head * head_size;
+        const float shrink =
+            soften(scores + head * kBlock, block.count, problem.scale, of_head[padded], of_head[padded + 1]);
+        if (shrink != 1.0f)
+          for (int64_t at = 0; at < padded; ++at) of_head[at] *= shrink;
       }
+      shape.add_values(block, scores, heads, sums, head_size, ahead);
     }
     if (unfinished[task.request * parts + task.part].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
     for (int64_t head = 0; head < heads; ++head) {  // the last task of this row and part joins all spans, in order

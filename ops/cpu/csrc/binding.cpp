@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <tuple>
 
 #include "kernels.h"
 
@@ -246,6 +247,105 @@ Tensor routed_experts_op(const Tensor& hidden, const Tensor& weights, const Tens
   return output;
 }
 
+// Tensors of two dimensions have one head; of others than two and three, all before the last are tokens.
+struct HeadView {
+  Tensor whole;
+  int64_t tokens, heads, dim, stride, head_stride;
+
+  explicit HeadView(const Tensor& tensor) {
+    const bool keeps_strides = tensor.dim() == 2 || tensor.dim() == 3;
+    whole = keeps_strides ? with_whole_rows(tensor) : tensor.contiguous();
+    dim = whole.size(-1);
+    heads = whole.dim() == 3 ? whole.size(1) : 1;
+    tokens = heads * dim == 0 ? 0 : whole.numel() / (heads * dim);
+    stride = keeps_strides ? whole.stride(0) : dim;
+    head_stride = whole.dim() == 3 ? whole.stride(1) : dim;
+  }
+};
+
+void check_norm(const Tensor& hidden, const Tensor& weight) {
+  check_like(weight, "weight", hidden, 1);
+  TORCH_CHECK_VALUE(hidden.dim() >= 1 && hidden.size(-1) == weight.size(0), "the last dimension of hidden must be ",
+                    weight.size(0), ", the size of the weight: ", hidden.sizes());
+}
+
+Tensor rms_norm_op(const Tensor& hidden, const Tensor& weight, double epsilon) {
+  const Element element = element_of(hidden, "hidden");
+  check_norm(hidden, weight);
+  Tensor output = at::empty(hidden.sizes(), hidden.options());
+  const HeadView view(hidden);
+  const Tensor whole_weight = weight.contiguous();
+  rms_norm({element, view.tokens, view.heads, view.dim, view.whole.const_data_ptr(), view.stride, view.head_stride,
+            nullptr, 0, whole_weight.const_data_ptr(), static_cast<float>(epsilon), nullptr, output.data_ptr()});
+  return output;
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_op(const Tensor& hidden, const Tensor& residual, const Tensor& weight,
+                                           double epsilon) {
+  const Element element = element_of(hidden, "hidden");
+  check_like(hidden, "hidden", hidden, 2);
+  check_like(residual, "residual", hidden, 2);
+  check_sizes(residual, "residual", hidden.sizes());
+  check_norm(hidden, weight);
+  Tensor output = at::empty(hidden.sizes(), hidden.options()), sum = at::empty(hidden.sizes(), hidden.options());
+  const HeadView view(hidden);
+  const Tensor rows = with_whole_rows(residual), whole_weight = weight.contiguous();
+  rms_norm({element, view.tokens, 1, view.dim, view.whole.const_data_ptr(), view.stride, view.head_stride,
+            rows.const_data_ptr(), rows.stride(0), whole_weight.const_data_ptr(), static_cast<float>(epsilon),
+            sum.data_ptr(), output.data_ptr()});
+  return {output, sum};
+}
+
+Tensor swiglu_op(const Tensor& gate_up) {
+  const Element element = element_of(gate_up, "gate_up");
+  TORCH_CHECK_VALUE(gate_up.dim() >= 1 && gate_up.size(-1) % 2 == 0, "the last dimension of gate_up must be even: ",
+                    gate_up.sizes());
+  at::DimVector sizes(gate_up.sizes());
+  sizes.back() /= 2;
+  Tensor output = at::empty(sizes, gate_up.options());
+  const Tensor whole = gate_up.dim() == 2 ? with_whole_rows(gate_up) : gate_up.contiguous();
+  if (output.numel() > 0)
+    swiglu({element, output.numel() / sizes.back(), sizes.back(), whole.const_data_ptr(),
+            whole.dim() == 2 ? whole.stride(0) : whole.size(-1), output.data_ptr()});
+  return output;
+}
+
+Tensor rotate_op(const Tensor& heads, const Tensor& cos, const Tensor& sin, bool interleaved) {
+  const Element element = element_of(heads, "heads");
+  check_like(heads, "heads", heads, 3);
+  TORCH_CHECK_VALUE(cos.scalar_type() == at::kFloat && sin.scalar_type() == at::kFloat && cos.dim() == 2,
+                    "cos and sin must be float32 of two dimensions: ", cos.sizes());
+  check_sizes(cos, "cos", {heads.size(0), cos.size(1)});
+  check_sizes(sin, "sin", cos.sizes());
+  TORCH_CHECK_VALUE(2 * cos.size(1) <= heads.size(2), "heads must have at least ", 2 * cos.size(1), " elements: ",
+                    heads.sizes());
+  Tensor output = at::empty(heads.sizes(), heads.options());
+  const HeadView view(heads);
+  const Tensor cosines = cos.contiguous(), sines = sin.contiguous();
+  rotate({element, interleaved, view.tokens, view.heads, view.dim, cos.size(1), view.whole.const_data_ptr(),
+          view.stride, view.head_stride, cosines.const_data_ptr<float>(), sines.const_data_ptr<float>(), cos.size(1),
+          output.data_ptr()});
+  return output;
+}
+
+void write_cache_op(const Tensor& rows, Tensor cache, const Tensor& slots) {
+  const Element element = element_of(rows, "rows");
+  check_like(rows, "rows", rows, 3);
+  check_like(cache, "cache", rows, 4);
+  check_sizes(cache, "cache", {cache.size(0), cache.size(1), rows.size(1), rows.size(2)});
+  TORCH_CHECK_VALUE(cache.size(3) < 2 || cache.stride(3) == 1, "the last dimension of cache must be contiguous");
+  TORCH_CHECK_VALUE(slots.scalar_type() == at::kLong && slots.device().is_cpu(), "slots must be int64 on the CPU");
+  check_sizes(slots, "slots", {rows.size(0)});
+  const Tensor whole_slots = slots.contiguous();
+  const auto* slot = whole_slots.const_data_ptr<int64_t>();
+  const int64_t most = cache.size(0) * cache.size(1);
+  for (int64_t token = 0; token < rows.size(0); ++token)
+    TORCH_CHECK_INDEX(slot[token] >= 0 && slot[token] < most, "slots must be in [0, ", most, "): ", slot[token]);
+  const HeadView view(rows);
+  write_cache({element, view.tokens, view.heads, view.dim, cache.size(1), view.whole.const_data_ptr(), view.stride,
+               view.head_stride, slot, {cache.data_ptr(), cache.stride(0), cache.stride(1), cache.stride(2)}});
+}
+
 }  // namespace
 }  // namespace omni
 
@@ -261,6 +361,11 @@ TORCH_LIBRARY(omni, library) {
       "Tensor block_table, Tensor context_lens, float scale) -> Tensor");
   library.def(
       "routed_experts(Tensor hidden, Tensor weights, Tensor expert_ids, Tensor gate_up, Tensor down) -> Tensor");
+  library.def("rms_norm(Tensor hidden, Tensor weight, float epsilon) -> Tensor");
+  library.def("add_rms_norm(Tensor hidden, Tensor residual, Tensor weight, float epsilon) -> (Tensor, Tensor)");
+  library.def("swiglu(Tensor gate_up) -> Tensor");
+  library.def("rotate(Tensor heads, Tensor cos, Tensor sin, bool interleaved) -> Tensor");
+  library.def("write_cache(Tensor rows, Tensor(a!) cache, Tensor slots) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(omni, CPU, library) {
@@ -270,6 +375,11 @@ TORCH_LIBRARY_IMPL(omni, CPU, library) {
   library.impl("causal_attention", &omni::causal_attention_op);
   library.impl("mla_decode_attention", &omni::mla_decode_attention_op);
   library.impl("routed_experts", &omni::routed_experts_op);
+  library.impl("rms_norm", &omni::rms_norm_op);
+  library.impl("add_rms_norm", &omni::add_rms_norm_op);
+  library.impl("swiglu", &omni::swiglu_op);
+  library.impl("rotate", &omni::rotate_op);
+  library.impl("write_cache", &omni::write_cache_op);
 }
 
 // What a compiled graph calls; ops/cpu/shims.py declares the same functions to the graph compiler.

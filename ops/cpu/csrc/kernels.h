@@ -110,4 +110,54 @@ struct RoutedExperts {
 };
 void routed_experts(const RoutedExperts& problem);
 
+// Every head of every token over its root mean square, rounded, times the weight. With a residual, `sum` takes hidden +
+// residual, rounded, and that is normalised; then there is one head.
+struct RmsNorm {
+  Element element;
+  int64_t tokens, heads, dim;
+  const void* hidden;  // [tokens, heads, dim]
+  int64_t stride, head_stride;
+  const void* residual;  // [tokens, dim], or null
+  int64_t residual_stride;
+  const void* weight;  // [dim], contiguous
+  float epsilon;
+  void* sum;     // [tokens, dim], contiguous; null without a residual
+  void* output;  // [tokens, heads, dim], contiguous
+};
+void rms_norm(const RmsNorm& problem);
+
+// silu(gate), rounded, * up of rows [gate, up].
+struct SwiGlu {
+  Element element;
+  int64_t rows, size;
+  const void* gate_up;  // [rows, 2 * size]
+  int64_t stride;
+  void* output;  // [rows, size], contiguous
+};
+void swiglu(const SwiGlu& problem);
+
+// The first 2 * pairs elements of every head, turned by its token's angles; what comes out lies in halves.
+struct Rotation {
+  Element element;
+  bool interleaved;
+  int64_t tokens, heads, dim, pairs;
+  const void* input;  // [tokens, heads, dim]
+  int64_t stride, head_stride;
+  const float *cos, *sin;  // [tokens, pairs]
+  int64_t angle_stride;
+  void* output;  // [tokens, heads, dim], contiguous
+};
+void rotate(const Rotation& problem);
+
+// Token by token into the slots of a cache, which are block * block_size + offset.
+struct CacheRows {
+  Element element;
+  int64_t tokens, heads, dim, block_size;
+  const void* rows;  // [tokens, heads, dim]
+  int64_t stride, head_stride;
+  const int64_t* slots;  // [tokens]
+  PagedCache cache;      // is written
+};
+void write_cache(const CacheRows& problem);
+
 }  // namespace omni

@@ -151,36 +151,66 @@ struct LatentHeads {
              to + staged_size<T>(problem.rank));
   }
 
-  void look_ahead(const Pages& pages, int64_t first_unit, int64_t last_unit, int64_t token, int64_t count,
-                  BlockAhead& ahead) const {
-    ahead.count = count;
-    pages.rows<T>(problem.latent, 0, token, count, ahead.parts[0].tokens);
-    pages.rows<T>(problem.rope_key, 0, token, count, ahead.parts[1].tokens);
-    ahead.parts[0].lines = (problem.rank * sizeof(T) + kLineBytes - 1) / kLineBytes;
-    ahead.parts[1].lines = (problem.rope_dim * sizeof(T) + kLineBytes - 1) / kLineBytes;
-    ahead.spread((last_unit - first_unit) * 3 * kTilesOfBlock);
+  void locate(const Pages& pages, int64_t, int64_t token, BlockRows<T>& rows) const {
+    pages.rows<T>(problem.latent, 0, token, rows.count, rows.parts[0]);
+    pages.rows<T>(problem.rope_key, 0, token, rows.count, rows.parts[1]);
   }
 
-  void scores(const Pages& pages, int64_t, int64_t token, int64_t count, const Staged<T>* query, int64_t heads,
-              float* to, BlockAhead& ahead) const {
-    const T* rows[kBlock];
+  BlockAhead<T> ahead(const BlockRows<T>& rows, int64_t) const { return {rows, problem.rank, problem.rope_dim}; }
+
+  // The first unit asks, for half of the next latents here, and for the others beside the values.
+  void scores(const BlockRows<T>& block, const Staged<T>* query, int64_t heads, float* to, BlockAhead<T>& ahead) const {
+    const int64_t tiles = block.count / kTileRows + block.count % kTileRows;
+    const int64_t latents = ahead.parts[0].share(2 * tiles), rope_keys = ahead.parts[1].share(tiles);
+    const Staged<T>* rope = query + staged_size<T>(problem.rank);
     float rope_scores[kBlock * kUnitHeads];
-    pages.rows<T>(problem.latent, 0, token, count, rows);
-    dot_rows<T>(rows, count, query, query_size(), heads, problem.rank, to, ahead);
-    pages.rows<T>(problem.rope_key, 0, token, count, rows);
-    dot_rows<T>(rows, count, query + staged_size<T>(problem.rank), query_size(), heads, problem.rope_dim, rope_scores,
-                ahead);
-    for (int64_t head = 0; head < heads; ++head)
-      for (int64_t index = head * kBlock; index < head * kBlock + count; ++index) to[index] += rope_scores[index];
+    for (int64_t first = 0; first < heads; first += kUnitHeads) {
+      const int64_t count = std::min(kUnitHeads, heads - first);
+      float* of_unit = to + first * kBlock;
+      dot_rows(block.parts[0], block.count, query + first * query_size(), query_size(), count, problem.rank, of_unit,
+                  [&] {
+                    if (first > 0) return;
+                    ahead.parts[0].ask(latents);
+                    ahead.parts[1].ask(rope_keys);
+                  });
+      dot_rows(block.parts[1], block.count, rope + first * query_size(), query_size(), count, problem.rope_dim,
+                  rope_scores, [] {});
+      for (int64_t head = 0; head < count; ++head)
+        for (int64_t index = head * kBlock; index < head * kBlock + block.count; ++index)
+          of_unit[index] += rope_scores[index];
+    }
   }
 
-  void add_values(const Pages& pages, int64_t, int64_t token, int64_t count, const float* weights, int64_t heads,
-                  float* to, int64_t to_stride) const {
-    const T* rows[kBlock];
-    pages.rows<T>(problem.latent, 0, token, count, rows);
-    const BlockWeights<T> shares(weights, count, heads);
-    for (int64_t at = 0; at < problem.rank; at += kValueLanes)
-      LatentPart<T>(rows, count, at, problem.rank).add(shares.values, heads, to + at, to_stride);
+  void add_values(const BlockRows<T>& block, const float* weights, int64_t heads, float* to, int64_t to_stride,
+                  BlockAhead<T>& ahead) const {
+    const int64_t asked = ahead.parts[0].share(2 * ((problem.rank + kValueLanes - 1) / kValueLanes));
+    for (int64_t first = 0; first < heads; first += kUnitHeads) {
+      const int64_t count = std::min(kUnitHeads, heads - first);
+      const BlockWeights<T> shares(weights + first * kBlock, block.count, count);
+      for (int64_t at = 0; at < problem.rank; at += kValueLanes) {
+        if (first == 0) ahead.parts[0].ask(asked);
+        LatentPart<T>(block.parts[0], block.count, at, problem.rank)
+            .add(shares.values, count, to + first * to_stride + at, to_stride);
+      }
+    }
+  }
+
+ private:
+  // scores[head * kBlock + row] = rows[row] . query[head]; ask() before every tile.
+  template <class Ask>
+  static void dot_rows(const T* const* rows, int64_t count, const Staged<T>* query, int64_t query_stride, int64_t heads,
+                       int64_t size, float* scores, const Ask& ask) {
+    int64_t row = 0;
+    for (; row + kTileRows <= count; row += kTileRows) {
+      ask();
+      const T* const tile[kTileRows] = {rows[row], rows[row + 1], rows[row + 2], rows[row + 3]};
+      dot_columns<T, kTileRows>(tile, query, query_stride, heads, size, scores + row, kBlock);
+    }
+    for (; row < count; ++row) {
+      ask();
+      const T* const single[1] = {rows[row]};
+      dot_columns<T, 1>(single, query, query_stride, heads, size, scores + row, kBlock);
+    }
   }
 };
 

@@ -98,7 +98,11 @@ OMNI_INLINE Floats splat(float value) {
 OMNI_INLINE Floats widen(const float* from) { return load<Floats>(from); }
 
 OMNI_INLINE Floats widen(const BFloat16* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // of the generic form gcc 12 makes two halves and an insertion
+  return bits_as<Floats>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16));
+#else
   return bits_as<Floats>(__builtin_convertvector(load<Halves>(from), Words) << 16);
+#endif
 }
 
 OMNI_INLINE Floats widen(const Float16* from) {
@@ -169,8 +173,51 @@ OMNI_INLINE void narrow_eight(const float* from, T* to) {
     const EightWords chosen = (is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded);
     const auto halves = __builtin_convertvector(chosen, EightHalves);
     std::memcpy(to, &halves, sizeof(halves));
+#if defined(__F16C__) && defined(__AVX2__)
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(to, &halves, sizeof(halves));
+#endif
   } else {
     for (int index = 0; index < 8; ++index) to[index] = narrow<T>(from[index]);
+  }
+}
+
+// What `narrow` makes of every value, still as a float.
+template <class T>
+OMNI_INLINE Floats rounded(Floats values) {
+  if constexpr (std::is_same_v<T, float>) {
+    return values;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const Words bits = bits_as<Words>(values);
+    const Words nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
+    const Words is_nan = bits_as<Words>(values != values);
+    return bits_as<Floats>(((is_nan & (bits | 0x400000u)) | (~is_nan & nearest)) & 0xffff0000u);
+  } else {
+#if defined(__F16C__) && defined(__AVX2__) && !defined(__AVX512F__)
+    return bits_as<Floats>(_mm256_cvtph_ps(_mm256_cvtps_ph(bits_as<__m256>(values), _MM_FROUND_TO_NEAREST_INT)));
+#else
+    for (int lane = 0; lane < kLanes; ++lane) values[lane] = to_float(narrow<T>(values[lane]));
+    return values;
+#endif
+  }
+}
+
+// Values that are `rounded` already.
+template <class T>
+OMNI_INLINE void store_rounded(T* to, Floats values) {
+  if constexpr (std::is_same_v<T, float>) {
+    store(to, values);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const Halves halves = __builtin_convertvector(bits_as<Words>(values) >> 16, Halves);
+    std::memcpy(to, &halves, sizeof(halves));
+  } else {
+#if defined(__F16C__) && defined(__AVX2__) && !defined(__AVX512F__)
+    const __m128i halves = _mm256_cvtps_ph(bits_as<__m256>(values), _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(to, &halves, sizeof(halves));
+#else
+    for (int lane = 0; lane < kLanes; ++lane) to[lane] = narrow<T>(values[lane]);
+#endif
   }
 }
 
