@@ -21,7 +21,8 @@ from . import build
 
 _FORM = build.loaded().form
 _ops = torch.ops.omni
-_Given, _Made = ParamSpec("_Given"), TypeVar("_Made")
+_Given = ParamSpec("_Given")
+_Made = TypeVar("_Made")
 
 # Tokens per call and rows per expert from which AVX-512 machines leave experts to the library, whose kernels for many
 # rows are made for them. More tokens than a compiled graph has: the plain body cannot stand in one.
