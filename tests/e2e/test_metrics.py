@@ -198,9 +198,11 @@ def test_gauges_return_to_zero_after_aborts(served):
         clients = [asyncio.create_task(ask()) for _ in range(20)]  # 40 sequences for 8 seats: most still wait
         while not (samples := await scrape(session))["num_requests_running"] or not samples["num_requests_waiting"]:
             assert not all(client.done() for client in clients)
+        assert samples["num_requests_running"] + samples["num_requests_waiting"] > 0
         for client in clients:
             client.cancel()
-        await asyncio.gather(*clients, return_exceptions=True)
+        ends = await asyncio.gather(*clients, return_exceptions=True)
+        assert any(isinstance(end, asyncio.CancelledError) for end in ends)
         for _ in range(100):
             samples = await scrape(session)
             if not any(samples[name] for name in names):
