@@ -9,18 +9,33 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def write_kv_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+def write_rows(rows: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Stores a row per token. Mutates the cache.
+
+    rows [tokens, heads, dim]; cache [blocks, block_size, heads, dim] of the same dtype; slots int64 [tokens] =
+    block_id * block_size + offset. Slots are distinct, except that padding tokens may all write to the null block. The
+    scatter indexes the cache in its own shape: through a flattened view, graph compilers leave a copy of the whole
+    cache behind.
+    """
+    block_size = cache.shape[1]
+    cache.index_put_((slots // block_size, slots % block_size), rows)
+
+
+def write_kv_cache(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    write: Callable[..., None] = write_rows,
+) -> None:
     """Stores this step's keys and values. Mutates both caches.
 
     key [tokens, kv_heads, dim], value [tokens, kv_heads, value_dim]; caches [blocks, block_size, kv_heads, …] of the
-    same dtype; slots int64 [tokens] = block_id * block_size + offset. Slots are distinct, except that padding tokens
-    may all write to the null block. The scatter indexes the cache in its own shape: through a flattened view, graph
-    compilers leave a copy of the whole cache behind.
+    same dtype; slots as in `write_rows`. `write`: a body of that.
     """
-    block_size = key_cache.shape[1]
-    blocks, offsets = slots // block_size, slots % block_size
-    key_cache.index_put_((blocks, offsets), key)
-    value_cache.index_put_((blocks, offsets), value)
+    write(key, key_cache, slots)
+    write(value, value_cache, slots)
 
 
 def gather_blocks(cache: Tensor, block_table: Tensor) -> Tensor:

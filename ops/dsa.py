@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .attention import decode_mask, gather_blocks, per_token
+from .attention import decode_mask, gather_blocks, per_token, write_rows
 from .mla import mla_decode_attention
 
 # Products of a chunk's heads with its context that are held at once: 2**24 float64 are 128 MiB.
@@ -26,10 +26,9 @@ def write_index_keys(keys: Tensor, index_key_cache: Tensor, slots: Tensor) -> No
     """Stores this step's indexer keys. Mutates the cache.
 
     keys [tokens, 1, dim], normalised and rotated; index_key_cache [blocks, block_size, 1, dim]; slots int64 [tokens],
-    as in `write_kv_cache`.
+    as in `write_rows`.
     """
-    block_size = index_key_cache.shape[1]
-    index_key_cache.index_put_((slots // block_size, slots % block_size), keys)
+    write_rows(keys, index_key_cache, slots)
 
 
 def indexer_scores(query: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .attention import causal_attention, decode_mask, gather_blocks, masked_softmax, per_token
+from .attention import causal_attention, decode_mask, gather_blocks, masked_softmax, per_token, write_rows
 from .norm import rms_norm
 from .rope import rotate
 
@@ -23,19 +23,20 @@ def write_latent_cache(
     latent_cache: Tensor,
     rope_key_cache: Tensor,
     slots: Tensor,
+    norm: Callable[..., Tensor] = rms_norm,
+    rotation: Callable[..., Tensor] = rotate,
+    write: Callable[..., None] = write_rows,
 ) -> None:
     """Normalises the latent, rotates the shared rope key and stores both. Mutates both caches.
 
     latent_and_key [tokens, rank + rope_dim], the output of the KV down-projection; norm_weight [rank]; cos, sin
     float32 [tokens, rope_dim / 2]; latent_cache [blocks, block_size, 1, rank]; rope_key_cache [blocks, block_size, 1,
-    rope_dim]; slots int64 [tokens], as in `write_kv_cache`.
+    rope_dim]; slots int64 [tokens], as in `write_rows`. `norm`, `rotation`, `write`: bodies of those operations.
     """
     rank, rope_dim = latent_cache.shape[-1], rope_key_cache.shape[-1]
     latent, rope_key = latent_and_key.unsqueeze(1).split((rank, rope_dim), dim=-1)  # [tokens, 1, …]
-    block_size = latent_cache.shape[1]
-    blocks, offsets = slots // block_size, slots % block_size
-    latent_cache.index_put_((blocks, offsets), rms_norm(latent, norm_weight, epsilon))
-    rope_key_cache.index_put_((blocks, offsets), rotate(rope_key, cos, sin, interleaved))
+    write(norm(latent, norm_weight, epsilon), latent_cache, slots)
+    write(rotation(rope_key, cos, sin, interleaved), rope_key_cache, slots)
 
 
 def mla_decode_attention(

@@ -94,8 +94,10 @@ def cpu_table() -> OpTable:
         add_rms_norm=kernels.add_rms_norm,
         swiglu=kernels.swiglu,
         rotate=kernels.rotate,
-        write_kv_cache=kernels.write_kv_cache,
-        write_latent_cache=kernels.write_latent_cache,
+        write_kv_cache=partial(attention.write_kv_cache, write=kernels.write_rows),
+        write_latent_cache=partial(
+            mla.write_latent_cache, norm=kernels.rms_norm, rotation=kernels.rotate, write=kernels.write_rows
+        ),
         paged_decode_attention=kernels.paged_decode_attention,
         causal_attention=kernels.causal_attention,
         mla_decode_attention=kernels.mla_decode_attention,

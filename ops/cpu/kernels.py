@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .. import activation, attention, mla, moe, norm, rope
+from .. import activation, attention, moe, norm, rope
 from ..attention import per_token
 from . import build
 
@@ -162,27 +162,7 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
     return _ops.rotate(heads, cos, sin, interleaved)
 
 
-@_without_a_graph(attention.write_kv_cache)
-def write_kv_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-    """As `ops.attention.write_kv_cache`; slots must not be negative."""
-    _ops.write_cache(key, key_cache, slots)
-    _ops.write_cache(value, value_cache, slots)
-
-
-@_without_a_graph(mla.write_latent_cache)
-def write_latent_cache(
-    latent_and_key: Tensor,
-    norm_weight: Tensor,
-    epsilon: float,
-    cos: Tensor,
-    sin: Tensor,
-    interleaved: bool,
-    latent_cache: Tensor,
-    rope_key_cache: Tensor,
-    slots: Tensor,
-) -> None:
-    """As `ops.mla.write_latent_cache`; slots must not be negative."""
-    rank, rope_dim = latent_cache.shape[-1], rope_key_cache.shape[-1]
-    latent, rope_key = latent_and_key.unsqueeze(1).split((rank, rope_dim), dim=-1)
-    _ops.write_cache(_ops.rms_norm(latent, norm_weight, epsilon), latent_cache, slots)
-    _ops.write_cache(_ops.rotate(rope_key, cos, sin, interleaved), rope_key_cache, slots)
+@_without_a_graph(attention.write_rows)
+def write_rows(rows: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """As `ops.attention.write_rows`; slots must not be negative."""
+    _ops.write_cache(rows, cache, slots)

@@ -26,6 +26,12 @@ def test_every_flag_is_one_of_its_program(peers, tmp_path):
             assert set(flags) <= set(re.findall(r"--[a-z-]+", told)), name
 
 
+def test_models_are_named_by_their_checkpoints(peers, tmp_path):
+    for command in peers.everything.all_parts(options(tmp_path))["starts"].commands:
+        place = command.index("--pairs")
+        assert all(word.startswith(("--", str(tmp_path), "v/", "o/", "l/")) for word in command[2:place]), command
+
+
 def test_peers_that_are_not_given_are_not_asked_for(peers, tmp_path):
     parts = peers.everything.all_parts(options(tmp_path, vllm=None, openvino=None))
     words = [word for part in parts.values() for command in part.commands for word in command]

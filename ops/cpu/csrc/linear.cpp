@@ -48,7 +48,7 @@ void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64
           if (bias)
             for (int64_t r = 0; r < width; ++r) from[r] += to_float(bias[n + r]);
           int64_t r = 0;
-          for (; r + 8 <= width; r += 8) narrow_eight<T>(from + r, to + r);
+          for (; r + kLanes <= width; r += kLanes) store_rounded(to + r, rounded<T>(load<Floats>(from + r)));
           for (; r < width; ++r) to[r] = narrow<T>(from[r]);
         }
       }

@@ -168,13 +168,13 @@ struct LatentHeads {
       const int64_t count = std::min(kUnitHeads, heads - first);
       float* of_unit = to + first * kBlock;
       dot_rows(block.parts[0], block.count, query + first * query_size(), query_size(), count, problem.rank, of_unit,
-                  [&] {
-                    if (first > 0) return;
-                    ahead.parts[0].ask(latents);
-                    ahead.parts[1].ask(rope_keys);
-                  });
+               [&] {
+                 if (first > 0) return;
+                 ahead.parts[0].ask(latents);
+                 ahead.parts[1].ask(rope_keys);
+               });
       dot_rows(block.parts[1], block.count, rope + first * query_size(), query_size(), count, problem.rope_dim,
-                  rope_scores, [] {});
+               rope_scores, [] {});
       for (int64_t head = 0; head < count; ++head)
         for (int64_t index = head * kBlock; index < head * kBlock + block.count; ++index)
           of_unit[index] += rope_scores[index];

@@ -161,28 +161,6 @@ OMNI_INLINE Float16 narrow<Float16>(float value) {
   return {uint16_t(sign | (rounded >> 13))};
 }
 
-// Eight values at once, rounded as `narrow` does.
-template <class T>
-OMNI_INLINE void narrow_eight(const float* from, T* to) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    typedef uint32_t EightWords __attribute__((vector_size(32)));
-    typedef uint16_t EightHalves __attribute__((vector_size(16)));
-    const auto bits = load<EightWords>(from);
-    const auto is_nan = (EightWords)((bits & 0x7fffffffu) > 0x7f800000u);
-    const EightWords rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const EightWords chosen = (is_nan & ((bits >> 16) | 0x40u)) | (~is_nan & rounded);
-    const auto halves = __builtin_convertvector(chosen, EightHalves);
-    std::memcpy(to, &halves, sizeof(halves));
-#if defined(__F16C__) && defined(__AVX2__)
-  } else if constexpr (std::is_same_v<T, Float16>) {
-    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT);
-    std::memcpy(to, &halves, sizeof(halves));
-#endif
-  } else {
-    for (int index = 0; index < 8; ++index) to[index] = narrow<T>(from[index]);
-  }
-}
-
 // What `narrow` makes of every value, still as a float.
 template <class T>
 OMNI_INLINE Floats rounded(Floats values) {
