@@ -21,6 +21,7 @@ import msgspec
 from ..scheduler.request import RequestUpdate
 from .config import EngineArgs, EngineConfig
 from .heartbeat import StepClock, answer_pings
+from .imports import quick_imports
 from .logs import set_up_logging
 from .messages import (
     FRAME_HEADER_BYTES,
@@ -100,7 +101,8 @@ def _die_with_parent() -> None:
 
 def serve(channel: CoreChannel, clock: StepClock) -> None:
     """Load as the first message says, then step until told to stop. Raises EOFError when the front is gone."""
-    from .core import EngineCore
+    with quick_imports():
+        from .core import EngineCore
 
     timer = PhaseTimer(process_age())
     timer.done("imports")

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from ..engine.core_launch import launch_core
+from ..engine.imports import quick_imports
 from ..engine.logs import FORMAT_VARIABLE, LEVEL_VARIABLE, set_up_logging
 from ..engine.phases import PhaseTimer, process_age
 from ..engine.tracing import otlp_exporter
@@ -59,9 +60,10 @@ def run_serve(words: Sequence[str]) -> int:
         timer.done("until the port was open")
         core = launch_core()
         stack.callback(core.kill)
-        import asyncio
+        with quick_imports():
+            import asyncio
 
-        from .lifecycle import Server
+            from .lifecycle import Server
 
         timer.done("imports")
         server = Server(
