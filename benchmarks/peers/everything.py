@@ -42,11 +42,13 @@ def all_parts(options: argparse.Namespace) -> dict[str, Part]:
     python, servers = sys.executable, str(HERE / "servers.py")
     compare = [python, str(HERE / "compare.py"), str(options.folder), *itertools.chain(*peers.values()), *pairs]
     plot = str(options.folder / "scaling.svg")
+    # What W6 meets: one request, then 8. Graphs of all sizes would take a quarter of an hour.
+    of_demo = [f"--serve-flag={word}" for word in ("--cudagraph-capture-sizes", "1", "8")]
     return {
         "models": Part("W1 to W4", [compare]),
         "starts": Part(
             "W6: from start to first token and to full speed, memory",
-            [[python, servers, *pairs], [python, servers, *served]],
+            [[python, servers, *pairs, *of_demo], [python, servers, *served]],
         ),
         "load": Part("W5: servers under load", [[python, servers, *served, "--load"]]),
         "scaling": Part(

@@ -50,7 +50,9 @@ WITHOUT_GRAPHS = f"{OURS}, no graphs cached"
 def server_commands(options: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Command and environment of every server whose place is given."""
     model, port = str(options.model), str(options.port)
-    limits = ["--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "32"]
+    limits = ["--dtype", "bfloat16", "--max-num-seqs", "32"]
+    if options.model != DEMO_MODEL:  # made for fewer
+        limits += ["--max-model-len", "4096"]
     ours = Path(sys.executable).with_name("omni-engine")
     flags = [*limits, "--host", HOST, "--port", port]
     commands = {OURS: ([str(ours), "serve", model, *flags, *options.serve_flag], {"OMP_NUM_THREADS": "2"})}

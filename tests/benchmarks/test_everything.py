@@ -19,7 +19,7 @@ def options(tmp_path, **changes):
 def test_every_flag_is_one_of_its_program(peers, tmp_path):
     for name, part in peers.everything.all_parts(options(tmp_path)).items():
         for command in part.commands:
-            flags = [word for word in command if word.startswith("--")]
+            flags = [word.partition("=")[0] for word in command if word.startswith("--")]
             program = command[:2] if command[0] == sys.executable else command[:3]
             assert Path(program[-1]).suffix == ".py" or program[-2:] == ["bench", "host"], name
             told = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True).stdout
@@ -30,6 +30,15 @@ def test_models_are_named_by_their_checkpoints(peers, tmp_path):
     for command in peers.everything.all_parts(options(tmp_path))["starts"].commands:
         place = command.index("--pairs")
         assert all(word.startswith(("--", str(tmp_path), "v/", "o/", "l/")) for word in command[2:place]), command
+
+
+def test_the_demo_is_served_with_the_positions_that_it_has(peers):
+    given = argparse.Namespace(model=peers.servers.DEMO_MODEL, port=1, vllm=None, llama_cpp=None, serve_flag=[])
+    command, _ = peers.servers.server_commands(given)["omni-engine"]
+    assert "--max-model-len" not in command
+    given.model = Path("other")
+    command, _ = peers.servers.server_commands(given)["omni-engine"]
+    assert command[command.index("--max-model-len") + 1] == "4096"
 
 
 def test_peers_that_are_not_given_are_not_asked_for(peers, tmp_path):
