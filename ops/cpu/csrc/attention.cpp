@@ -9,8 +9,9 @@ template <class T>
 struct GroupedHeads {  // one KV head and the query heads that share it
   const PagedAttention& problem;
 
-  static constexpr int64_t kSpan = 512;
-  static constexpr int64_t kTokens = 4;  // whose values are added up at a time
+  static constexpr int64_t kHeads = 8;  // whose values are added up at a time
+  // What a span leaves behind is written and read again, the more the larger the group.
+  int64_t span() const { return kBlock * std::clamp<int64_t>(heads_of_unit(), 2, 8); }
   int64_t units() const { return problem.kv_heads; }
   int64_t heads_of_unit() const { return problem.heads / problem.kv_heads; }
   int64_t query_size() const { return staged_size<T>(problem.dim); }
@@ -30,49 +31,61 @@ struct GroupedHeads {  // one KV head and the query heads that share it
     pages.rows<T>(problem.value, first_unit, token, rows.count, rows.parts[1]);
   }
 
-  // The heads of a token lie side by side.
-  BlockAhead<T> ahead(const BlockRows<T>& rows, int64_t units) const {
-    return {rows, units * problem.dim, units * problem.value_dim};
-  }
-
-  // All heads with a few tokens, then with the next ones.
-  void scores(const BlockRows<T>& block, const Staged<T>* query, int64_t heads, float* to, BlockAhead<T>& ahead) const {
+  // All heads with tokens that lie far apart, then with their neighbours.
+  void scores(const BlockRows<T>& block, const Staged<T>* query, int64_t heads, float* to) const {
     const int64_t group = heads_of_unit(), size = problem.dim, stride = query_size();
-    auto& keys = ahead.parts[0];
-    const int64_t tiles = block.count / kTileRows + block.count % kTileRows, asked = keys.share(tiles * heads / group);
-    for_each_column_group<kTileColumns>(group, [&](int64_t of_group, auto width) OMNI_LAMBDA {
-      const auto tile = [&](int64_t token, auto height) OMNI_LAMBDA {
+    const auto for_each_tile = [&](const auto& function) OMNI_LAMBDA {
+      block.template for_each_spread<kTileRows>([&](int64_t token, int64_t apart, auto height) OMNI_LAMBDA {
         const T* rows[height.value];
-        for (int row = 0; row < height.value; ++row) rows[row] = block.parts[0][token + row];
-        for (int64_t head = of_group; head < heads; head += group) {
-          if (of_group == 0) keys.ask(asked);
-          Floats partial[height.value][width.value] = {};
-          accumulate<T>(partial, rows, query + head * stride, stride, size, [](int64_t) OMNI_LAMBDA {});
-          store_tile(partial, to + head * kBlock + token, kBlock);
+        for (int row = 0; row < height.value; ++row) rows[row] = block.parts[0][token + row * apart];
+        for (int64_t head = 0; head < heads; head += group) {
+          function(rows, head, token, apart);
           for (int row = 0; row < height.value; ++row) rows[row] += problem.key.head_stride;
         }
-      };
-      int64_t token = 0;
-      for (; token + kTileRows <= block.count; token += kTileRows) tile(token, std::integral_constant<int, kTileRows>{});
-      for (; token < block.count; ++token) tile(token, std::integral_constant<int, 1>{});
-    });
+      });
+    };
+    const auto multiply = [&](const auto& rows, int64_t head, int64_t token, int64_t apart, auto width) OMNI_LAMBDA {
+      Floats partial[std::extent_v<std::remove_reference_t<decltype(rows)>>][width.value] = {};
+      accumulate<T>(partial, rows, query + head * stride, stride, size, [](int64_t) OMNI_LAMBDA {});
+      scatter_tile(partial, to + head * kBlock + token, kBlock, apart);
+    };
+    if (group > kTileColumns) {
+      for_each_tile([&](const auto& rows, int64_t head, int64_t token, int64_t apart) OMNI_LAMBDA {
+        for_each_column_group<kTileColumns>(group, [&](int64_t of_group, auto width) OMNI_LAMBDA {
+          multiply(rows, head + of_group, token, apart, width);
+        });
+      });
+    } else {  // the width is chosen once
+      for_each_column_group<kTileColumns>(group, [&](int64_t, auto width) OMNI_LAMBDA {
+        for_each_tile([&](const auto& rows, int64_t head, int64_t token, int64_t apart) OMNI_LAMBDA {
+          multiply(rows, head, token, apart, width);
+        });
+      });
+    }
   }
 
-  void add_values(const BlockRows<T>& block, const float* weights, int64_t heads, float* to, int64_t to_stride,
-                  BlockAhead<T>& ahead) const {
+  void add_values(const BlockRows<T>& block, const float* weights, int64_t heads, float* to, int64_t to_stride) const {
     const int64_t group = heads_of_unit();
-    auto& values = ahead.parts[1];
-    const int64_t asked = values.share((block.count + kTokens - 1) / kTokens * heads / group);
-    for (int64_t token = 0; token < block.count; token += kTokens) {
-      const int64_t count = std::min(kTokens, block.count - token);
-      for (int64_t head = 0, offset = 0; head < heads; head += group, offset += problem.value.head_stride) {
-        values.ask(asked);
-        const T* rows[kTokens];
-        for (int64_t row = 0; row < count; ++row) rows[row] = block.parts[1][token + row] + offset;
-        weighted_sums<T>(rows, count, problem.value_dim, weights + head * kBlock + token, kBlock, group,
-                         to + head * to_stride, to_stride);
-      }
-    }
+    const auto add = [&](auto tokens) OMNI_LAMBDA {  // whose values are added up at a time
+      block.template for_each_spread<tokens.value>([&](int64_t token, int64_t apart, auto height) OMNI_LAMBDA {
+        const T* rows[height.value];
+        for (int row = 0; row < height.value; ++row) rows[row] = block.parts[1][token + row * apart];
+        for (int64_t head = 0; head < heads; head += group) {
+          for (int64_t first = head; first < head + group; first += kHeads) {
+            const int64_t count = std::min(kHeads, head + group - first);
+            float shares[kHeads * height.value];
+            for (int64_t each = 0; each < count; ++each)
+              for (int row = 0; row < height.value; ++row)
+                shares[each * height.value + row] = weights[(first + each) * kBlock + token + row * apart];
+            weighted_sums<T>(rows, height.value, problem.value_dim, shares, height.value, count, to + first * to_stride,
+                             to_stride);
+          }
+          for (int row = 0; row < height.value; ++row) rows[row] += problem.value.head_stride;
+        }
+      });
+    };
+    if (group == 1) return add(std::integral_constant<int, 4>{});
+    add(std::integral_constant<int, 8>{});
   }
 };
 

@@ -11,9 +11,8 @@
 
 namespace omni {
 
-constexpr int64_t kBlock = 32;  // tokens whose scores are held at a time
+constexpr int64_t kBlock = 64;  // tokens whose scores are held at a time
 constexpr int64_t kValueLanes = 2 * kLanes;
-constexpr int64_t kTasksPerThread = 4;
 
 // One request's row of the block table.
 struct Pages {
@@ -36,37 +35,16 @@ struct Pages {
 template <class T>
 struct BlockRows {
   const T* parts[2][kBlock];
-  int64_t count = 0;
-};
+  int64_t count;
 
-// The memory of the next block, asked for a little at a time and in the order in which it lies. Asked for in bursts it
-// holds up what is computed meanwhile, and head by head, in pieces of a line or two, memory gave a fourth of its
-// bandwidth.
-template <class T>
-struct BlockAhead {
-  static constexpr int64_t kLine = kLineBytes / int64_t(sizeof(T));
-  struct Part {
-    const T* const* rows;
-    int64_t count, size, row = 0, at = 0;  // of a row `size` elements are read
-
-    // As many elements as must be asked for each time if all is to be in `times`.
-    int64_t share(int64_t times) const { return (count * size + times * kLine - 1) / (times * kLine) * kLine; }
-
-    OMNI_INLINE void ask(int64_t elements) {
-      while (elements > 0 && row < count) {
-        const int64_t taken = std::min(elements, size - at);
-        const T* from = rows[row] + at;
-        for (int64_t line = 0; line < taken; line += kLine) __builtin_prefetch(from + line, 0, 2);
-        elements -= taken;
-        at += taken;
-        if (at >= size) at = 0, ++row;
-      }
-    }
-  };
-  Part parts[2];
-
-  BlockAhead(const BlockRows<T>& block, int64_t first_size, int64_t second_size)
-      : parts{{block.parts[0], block.count, first_size}, {block.parts[1], block.count, second_size}} {}
+  // Calls function(token, apart, std::integral_constant<int, height>) for tokens `token`, `token` + `apart` and so on,
+  // kHeight or one: so that all is read in a few long streams (see TiledProduct::by_streams).
+  template <int kHeight, class Function>
+  OMNI_INLINE void for_each_spread(const Function& function) const {
+    const int64_t apart = count / kHeight;
+    for (int64_t token = 0; token < apart; ++token) function(token, apart, std::integral_constant<int, kHeight>{});
+    for (int64_t token = apart * kHeight; token < count; ++token) function(token, 1, std::integral_constant<int, 1>{});
+  }
 };
 
 // Turns one head's scores into weights relative to the running maximum; returns by how much earlier sums shrink.
@@ -97,7 +75,7 @@ OMNI_INLINE float soften(float* scores, int64_t count, float scale, float& maxim
 // Attention of every request, for a `Shape` that says what the keys and values of a unit of heads are: a KV head and
 // the query heads that share it, or some heads that read the same latents.
 //
-// A row's context is cut into spans of Shape::kSpan tokens, whatever the number of rows or threads, so that its result
+// A row's context is cut into spans of shape.span() tokens, whatever the number of rows or threads, so that its result
 // depends on the row alone. A task is one span of one request for some units; it goes through the span once, all units
 // block by block, because the memory of neighbouring heads lies together. The task that ends last joins a row's spans.
 template <class T, class Shape, class Problem>
@@ -111,12 +89,12 @@ void attend(const Shape& shape, const Problem& problem) {
   const int64_t requests = problem.requests, units = shape.units(), heads_of_unit = shape.heads_of_unit();
   const auto spans_of = [&](int64_t request) {
     const int64_t seen = problem.context_lens[request] - shape.begin(request);
-    return std::max<int64_t>((seen + Shape::kSpan - 1) / Shape::kSpan, 1);
+    return std::max<int64_t>((seen + shape.span() - 1) / shape.span(), 1);
   };
   int64_t spans = 0;
   for (int64_t request = 0; request < requests; ++request) spans += spans_of(request);
-  // where there are few spans, units are given to different tasks
-  const int64_t parts = std::clamp<int64_t>((kTasksPerThread * thread_count() + spans - 1) / spans, 1, units);
+  // With fewer spans than threads, units are given to different tasks, which then read pieces of every token.
+  const int64_t parts = std::clamp<int64_t>((thread_count() + spans - 1) / spans, 1, units);
   task_list.clear();
   first_task.clear();
   for (int64_t request = 0; request < requests; ++request) {
@@ -136,26 +114,17 @@ void attend(const Shape& shape, const Problem& problem) {
       new (&unfinished[request * parts + part]) std::atomic<int64_t>(spans_of(request));
   const Task* tasks = task_list.data();
   const int64_t* first = first_task.data();
-  const int64_t count_of_tasks = int64_t(task_list.size()), threads = thread_count();
-  const auto pages_of = [&](int64_t request) {
-    return Pages{problem.block_table + request * problem.block_table_stride, problem.block_size};
-  };
-  const auto locate = [&](const Task& task, int64_t token, int64_t end, BlockRows<T>& rows) {
-    rows.count = std::clamp<int64_t>(end - token, 0, kBlock);
-    shape.locate(pages_of(task.request), begin_of_part(task.part), token, rows);
-  };
-  const auto begin_of = [&](const Task& task) { return shape.begin(task.request) + task.span * Shape::kSpan; };
-  const auto end_of = [&](const Task& task) {
-    return std::min<int64_t>(begin_of(task) + Shape::kSpan, problem.context_lens[task.request]);
-  };
 
-  for_each_task(count_of_tasks, [&](int64_t index) {
+  for_each_task(int64_t(task_list.size()), [&](int64_t index) {
     static thread_local Scratch query_scratch, score_scratch;
     const Task task = tasks[index];
     const int64_t first_unit = begin_of_part(task.part), last_unit = begin_of_part(task.part + 1);
     const int64_t first_head = first_unit * heads_of_unit;
     const int64_t heads = std::min(last_unit * heads_of_unit, problem.heads) - first_head;
-    const int64_t query_size = shape.query_size(), begin = begin_of(task), end = end_of(task);
+    const Pages pages{problem.block_table + task.request * problem.block_table_stride, problem.block_size};
+    const int64_t begin = shape.begin(task.request) + task.span * shape.span();
+    const int64_t end = std::min<int64_t>(begin + shape.span(), problem.context_lens[task.request]);
+    const int64_t query_size = shape.query_size();
     Staged<T>* query = query_scratch.reserve<Staged<T>>(heads * query_size);
     for (int64_t head = 0; head < heads; ++head)
       shape.stage_query(task.request, first_head + head, query + head * query_size);
@@ -163,26 +132,11 @@ void attend(const Shape& shape, const Problem& problem) {
     float* sums = partials + index * task_size;
     std::fill_n(sums, heads * head_size, 0.0f);
     for (int64_t head = 0; head < heads; ++head) sums[head * head_size + padded] = -std::numeric_limits<float>::max();
-    // A block is asked for while the one before it is computed with, the first one of a task at the end of the one that
-    // this thread is likely to have before it.
-    BlockRows<T> blocks[2];
-    locate(task, begin, end, blocks[0]);
-    if (index < threads) {
-      BlockAhead<T> first_block = shape.ahead(blocks[0], last_unit - first_unit);
-      for (auto& part : first_block.parts) part.ask(part.share(1));
-    }
-    for (int64_t token = begin, number = 0; token < end; token += kBlock, ++number) {
-      const BlockRows<T>& block = blocks[number % 2];
-      BlockRows<T>& next = blocks[(number + 1) % 2];
-      const bool ends = token + kBlock >= end, has_next = index + threads < count_of_tasks;
-      const Task& of_next = ends && has_next ? tasks[index + threads] : task;
-      if (ends) {
-        locate(of_next, has_next ? begin_of(of_next) : end, end_of(of_next), next);
-      } else {
-        locate(task, token + kBlock, end, next);
-      }
-      BlockAhead<T> ahead = shape.ahead(next, begin_of_part(of_next.part + 1) - begin_of_part(of_next.part));
-      shape.scores(block, query, heads, scores, ahead);
+    for (int64_t token = begin; token < end; token += kBlock) {
+      BlockRows<T> block;
+      block.count = std::min(kBlock, end - token);
+      shape.locate(pages, first_unit, token, block);
+      shape.scores(block, query, heads, scores);
       for (int64_t head = 0; head < heads; ++head) {
         float* of_head = sums + head * head_size;
         const float shrink =
@@ -190,7 +144,7 @@ void attend(const Shape& shape, const Problem& problem) {
         if (shrink != 1.0f)
           for (int64_t at = 0; at < padded; ++at) of_head[at] *= shrink;
       }
-      shape.add_values(block, scores, heads, sums, head_size, ahead);
+      shape.add_values(block, scores, heads, sums, head_size);
     }
     if (unfinished[task.request * parts + task.part].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
     for (int64_t head = 0; head < heads; ++head) {  // the last task of this row and part joins all spans, in order

@@ -22,17 +22,6 @@ struct Chosen {  // an expert that some token chose, and where its rows lie amon
   int64_t expert, begin, end;
 };
 
-// sums[column * stride + row] of `count` consecutive weight rows, for at most kColumnsAtOnce columns.
-template <class T>
-void dot_weights(const T* weight, int64_t weight_stride, int64_t count, const Staged<T>* x, int64_t x_stride,
-                 int64_t columns, int64_t size, float* sums, int64_t stride) {
-  for (int64_t row = 0; row < count; row += kRowsAtOnce) {
-    const T* from = weight + row * weight_stride;
-    const int64_t rows = std::min(kRowsAtOnce, count - row);
-    dot_matrix<T>(from, weight_stride, rows, x, x_stride, columns, size, sums + row, stride, count - row - rows);
-  }
-}
-
 template <class T>
 T swiglu(float gate, float up) {
   gate = to_float(narrow<T>(gate));
@@ -74,8 +63,8 @@ void add_experts(const RoutedExperts& problem, const Chosen* chosen, int64_t exp
     for (int64_t row = one.begin - first; row < one.end - first; row += kColumnsAtOnce) {
       const int64_t count = std::min(kColumnsAtOnce, one.end - first - row);
       const Staged<T>* x = hidden + row * hidden_stride;
-      dot_weights<T>(gate, problem.gate_up_stride, width, x, hidden_stride, count, dim, gates, kStride);
-      dot_weights<T>(up, problem.gate_up_stride, width, x, hidden_stride, count, dim, ups, kStride);
+      dot_matrix<T>(gate, problem.gate_up_stride, width, x, hidden_stride, count, dim, gates, kStride, 0);
+      dot_matrix<T>(up, problem.gate_up_stride, width, x, hidden_stride, count, dim, ups, kStride, 0);
       for (int64_t column = 0; column < count; ++column) {
         Staged<T>* to = middle + (row + column) * inner_stride;
         for (int64_t n = 0; n < width; ++n) {
@@ -102,8 +91,8 @@ void add_experts(const RoutedExperts& problem, const Chosen* chosen, int64_t exp
                       begin * problem.down_stride;
       for (int64_t row = one.begin - first; row < one.end - first; row += kColumnsAtOnce) {
         const int64_t count = std::min(kColumnsAtOnce, one.end - first - row);
-        dot_weights<T>(down, problem.down_stride, width, middle + row * inner_stride, inner_stride, count, inner,
-                       results, kStride);
+        dot_matrix<T>(down, problem.down_stride, width, middle + row * inner_stride, inner_stride, count, inner,
+                      results, kStride, 0);
         for (int64_t column = 0; column < count; ++column) {
           const int64_t pair = order[first + row + column];
           const float weight = problem.weights[pair];

@@ -14,11 +14,13 @@ namespace {
 
 constexpr int64_t kStagedBytes = 8 << 20;  // of x that are staged at a time
 constexpr int64_t kManyRows = 16;          // from which on threads share the staging, and tasks are smaller
-constexpr int64_t kTasksPerThread = 8, kTasksOfManyPerThread = 16;
+constexpr int64_t kTasksPerThread = 4, kTasksOfManyPerThread = 16;
 constexpr int64_t kRowsPerTask = 256;  // of x,
 constexpr int64_t kBlockRows = 24;     // and whole blocks of output features,
-constexpr int64_t kMostBlocks = 11;    // at most so many
-constexpr int64_t kSumsStride = kRowsAtOnce + kSpare;
+constexpr int64_t kMostBlocks = 16;    // at most so many
+constexpr int64_t kSums = kColumnsAtOnce * (kRowsAtOnce + kSpare);
+
+static_assert(kSums >= kTileColumns * (kMostBlocks * kBlockRows + kSpare));
 
 template <class T>
 void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64_t first, int64_t count) {
@@ -34,17 +36,19 @@ void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64
     const int64_t begin = task % parts * blocks_per_task * kBlockRows;
     const int64_t end = std::min(begin + blocks_per_task * kBlockRows, outputs);
     const int64_t first_row = task / parts * kRowsPerTask, last_row = std::min(first_row + kRowsPerTask, count);
-    float sums[kColumnsAtOnce * kSumsStride];
+    float sums[kSums];
     for (int64_t row = first_row; row < last_row; row += kColumnsAtOnce) {
       const int64_t rows = std::min(kColumnsAtOnce, last_row - row);
-      for (int64_t n = begin; n < end; n += kRowsAtOnce) {
-        const int64_t width = std::min(kRowsAtOnce, end - n);
+      const int64_t at_once = rows <= kTileOfColumns<T> ? kMostBlocks * kBlockRows : kRowsAtOnce;
+      const int64_t sums_stride = at_once + kSpare;
+      for (int64_t n = begin; n < end; n += at_once) {
+        const int64_t width = std::min(at_once, end - n);
         const T* from = weight + n * problem.weight_stride;
-        dot_matrix<T>(from, problem.weight_stride, width, x + row * x_stride, x_stride, rows, inputs, sums, kSumsStride,
+        dot_matrix<T>(from, problem.weight_stride, width, x + row * x_stride, x_stride, rows, inputs, sums, sums_stride,
                       row == first_row ? end - n - width : 0);
         for (int64_t m = 0; m < rows; ++m) {
           T* to = output + (row + m) * problem.output_stride + n;
-          float* from = sums + m * kSumsStride;
+          float* from = sums + m * sums_stride;
           if (bias)
             for (int64_t r = 0; r < width; ++r) from[r] += to_float(bias[n + r]);
           int64_t r = 0;
@@ -97,7 +101,8 @@ void head_linear_of(const HeadLinear& problem) {
     const int64_t head = task / parts, begin = task % parts * kHeadOutputs;
     const int64_t width = std::min(kHeadOutputs, outputs - begin);
     const T* head_weight = weight + head * problem.weight_head_stride;
-    float* sums = sums_scratch.reserve<float>(rows * width);
+    const int64_t sums_stride = width + kSpare;
+    float* sums = sums_scratch.reserve<float>(rows * sums_stride);
     const T* head_x = x + head * problem.x_head_stride;
     if (problem.transposed) {  // a weight row is scaled by one input and added to the outputs
       float* scales = x_scratch.reserve<float>(rows * inputs);
@@ -106,28 +111,20 @@ void head_linear_of(const HeadLinear& problem) {
         for (int64_t k = 0; k < inputs; ++k)
           scales[row * inputs + k] = to_float(head_x[row * problem.x_row_stride + k]);
       for (int64_t k = 0; k < inputs; ++k) pointers[k] = head_weight + k * problem.weight_stride + begin;
-      std::fill_n(sums, rows * width, 0.0f);
-      weighted_sums<T>(pointers, inputs, width, scales, inputs, rows, sums, width);
+      std::fill_n(sums, rows * sums_stride, 0.0f);
+      weighted_sums<T>(pointers, inputs, width, scales, inputs, rows, sums, sums_stride);
     } else {
       const int64_t stride = staged_size<T>(inputs);
       Staged<T>* staged = x_scratch.reserve<Staged<T>>(rows * stride);
       for (int64_t row = 0; row < rows; ++row)
         stage<T>(head_x + row * problem.x_row_stride, inputs, staged + row * stride);
-      int64_t n = 0;
-      for (; n + kTileRows <= width; n += kTileRows) {
-        const T* from = head_weight + (begin + n) * problem.weight_stride;
-        const T* const tile[kTileRows] = {from, from + problem.weight_stride, from + 2 * problem.weight_stride,
-                                          from + 3 * problem.weight_stride};
-        dot_columns<T, kTileRows>(tile, staged, stride, rows, inputs, sums + n, width);
-      }
-      for (; n < width; ++n) {
-        const T* const single[1] = {head_weight + (begin + n) * problem.weight_stride};
-        dot_columns<T, 1>(single, staged, stride, rows, inputs, sums + n, width);
-      }
+      for (int64_t row = 0; row < rows; row += kColumnsAtOnce)
+        dot_matrix<T>(head_weight + begin * problem.weight_stride, problem.weight_stride, width, staged + row * stride,
+                      stride, std::min(kColumnsAtOnce, rows - row), inputs, sums + row * sums_stride, sums_stride, 0);
     }
     for (int64_t row = 0; row < rows; ++row) {
       T* to = output + (row * heads + head) * outputs + begin;
-      for (int64_t n = 0; n < width; ++n) to[n] = narrow<T>(sums[row * width + n]);
+      for (int64_t n = 0; n < width; ++n) to[n] = narrow<T>(sums[row * sums_stride + n]);
     }
   });
 }

@@ -135,7 +135,7 @@ template <class T>
 struct LatentHeads {
   const LatentAttention& problem;
 
-  static constexpr int64_t kSpan = 256;  // a token is more work here than a token of one KV head
+  static constexpr int64_t span() { return 256; }  // a token is more work here than a token of one KV head
   int64_t units() const { return (problem.heads + kUnitHeads - 1) / kUnitHeads; }
   int64_t heads_of_unit() const { return std::min(kUnitHeads, problem.heads); }
   int64_t query_size() const { return staged_size<T>(problem.rank) + staged_size<T>(problem.rope_dim); }
@@ -156,39 +156,25 @@ struct LatentHeads {
     pages.rows<T>(problem.rope_key, 0, token, rows.count, rows.parts[1]);
   }
 
-  BlockAhead<T> ahead(const BlockRows<T>& rows, int64_t) const { return {rows, problem.rank, problem.rope_dim}; }
-
-  // The first unit asks, for half of the next latents here, and for the others beside the values.
-  void scores(const BlockRows<T>& block, const Staged<T>* query, int64_t heads, float* to, BlockAhead<T>& ahead) const {
-    const int64_t tiles = block.count / kTileRows + block.count % kTileRows;
-    const int64_t latents = ahead.parts[0].share(2 * tiles), rope_keys = ahead.parts[1].share(tiles);
+  void scores(const BlockRows<T>& block, const Staged<T>* query, int64_t heads, float* to) const {
     const Staged<T>* rope = query + staged_size<T>(problem.rank);
     float rope_scores[kBlock * kUnitHeads];
     for (int64_t first = 0; first < heads; first += kUnitHeads) {
       const int64_t count = std::min(kUnitHeads, heads - first);
       float* of_unit = to + first * kBlock;
-      dot_rows(block.parts[0], block.count, query + first * query_size(), query_size(), count, problem.rank, of_unit,
-               [&] {
-                 if (first > 0) return;
-                 ahead.parts[0].ask(latents);
-                 ahead.parts[1].ask(rope_keys);
-               });
-      dot_rows(block.parts[1], block.count, rope + first * query_size(), query_size(), count, problem.rope_dim,
-               rope_scores, [] {});
+      dot_rows(block, 0, query + first * query_size(), count, problem.rank, of_unit);
+      dot_rows(block, 1, rope + first * query_size(), count, problem.rope_dim, rope_scores);
       for (int64_t head = 0; head < count; ++head)
         for (int64_t index = head * kBlock; index < head * kBlock + block.count; ++index)
           of_unit[index] += rope_scores[index];
     }
   }
 
-  void add_values(const BlockRows<T>& block, const float* weights, int64_t heads, float* to, int64_t to_stride,
-                  BlockAhead<T>& ahead) const {
-    const int64_t asked = ahead.parts[0].share(2 * ((problem.rank + kValueLanes - 1) / kValueLanes));
+  void add_values(const BlockRows<T>& block, const float* weights, int64_t heads, float* to, int64_t to_stride) const {
     for (int64_t first = 0; first < heads; first += kUnitHeads) {
       const int64_t count = std::min(kUnitHeads, heads - first);
       const BlockWeights<T> shares(weights + first * kBlock, block.count, count);
       for (int64_t at = 0; at < problem.rank; at += kValueLanes) {
-        if (first == 0) ahead.parts[0].ask(asked);
         LatentPart<T>(block.parts[0], block.count, at, problem.rank)
             .add(shares.values, count, to + first * to_stride + at, to_stride);
       }
@@ -196,21 +182,14 @@ struct LatentHeads {
   }
 
  private:
-  // scores[head * kBlock + row] = rows[row] . query[head]; ask() before every tile.
-  template <class Ask>
-  static void dot_rows(const T* const* rows, int64_t count, const Staged<T>* query, int64_t query_stride, int64_t heads,
-                       int64_t size, float* scores, const Ask& ask) {
-    int64_t row = 0;
-    for (; row + kTileRows <= count; row += kTileRows) {
-      ask();
-      const T* const tile[kTileRows] = {rows[row], rows[row + 1], rows[row + 2], rows[row + 3]};
-      dot_columns<T, kTileRows>(tile, query, query_stride, heads, size, scores + row, kBlock);
-    }
-    for (; row < count; ++row) {
-      ask();
-      const T* const single[1] = {rows[row]};
-      dot_columns<T, 1>(single, query, query_stride, heads, size, scores + row, kBlock);
-    }
+  // scores[head * kBlock + token] = a part of the token . the same part of the query of `heads` heads
+  void dot_rows(const BlockRows<T>& block, int part, const Staged<T>* query, int64_t heads, int64_t size,
+                float* scores) const {
+    block.template for_each_spread<kTileRows>([&](int64_t token, int64_t apart, auto height) OMNI_LAMBDA {
+      const T* rows[height.value];
+      for (int row = 0; row < height.value; ++row) rows[row] = block.parts[part][token + row * apart];
+      dot_columns<T, height.value>(rows, query, query_size(), heads, size, scores + token, kBlock, apart);
+    });
   }
 };
 

@@ -223,13 +223,27 @@ OMNI_INLINE void store_tile(const Floats (&partial)[kRows][kColumns], float* sum
   }
 }
 
+// The same of rows that lie apart: sums[column * stride + row * apart].
+template <int kRows, int kColumns>
+OMNI_INLINE void scatter_tile(const Floats (&partial)[kRows][kColumns], float* sums, int64_t stride, int64_t apart) {
+  constexpr int kTogether = kRows + kSpare;
+  float together[kColumns * kTogether];
+  store_tile(partial, together, kTogether);
+  OMNI_UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    OMNI_UNROLL
+    for (int r = 0; r < kRows; ++r) sums[c * stride + r * apart] = together[c * kTogether + r];
+  }
+}
+
 // Calls function(first, std::integral_constant<int, width>) for groups of at most kMost columns, all of nearly the same
 // size: 8 columns are 4 + 4, not 6 + 2.
 template <int kMost, class Function>
 OMNI_INLINE void for_each_column_group(int64_t columns, const Function& function) {
-  const int64_t groups = (columns + kMost - 1) / kMost;
+  const int64_t groups = (columns + kMost - 1) / kMost, least = columns / std::max<int64_t>(groups, 1);
+  const int64_t wider = columns - groups * least;  // groups, by one column
   for (int64_t group = 0, column = 0; group < groups; ++group) {
-    const int64_t width = columns * (group + 1) / groups - column;
+    const int64_t width = least + (group < wider);
     switch (width) {
       case 1: function(column, std::integral_constant<int, 1>{}); break;
       case 2: function(column, std::integral_constant<int, 2>{}); break;
@@ -252,44 +266,24 @@ OMNI_INLINE void for_each_column_group(int64_t columns, const Function& function
   }
 }
 
-// sums[column * stride + row] = rows[row] . x[column] for a few rows (kRows) and any number of staged columns, every
-// one added up in the same order whatever the tile.
+// sums[column * stride + row * apart] = rows[row] . x[column] for a few rows (kRows) and any number of staged columns,
+// every one added up in the same order whatever the tile.
 template <class T, int kRows>
 inline void dot_columns(const T* const (&rows)[kRows], const Staged<T>* x, int64_t x_stride, int64_t columns,
-                        int64_t size, float* sums, int64_t stride) {
+                        int64_t size, float* sums, int64_t stride, int64_t apart) {
   for_each_column_group<kTileColumns>(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
     Floats partial[kRows][width.value] = {};
     accumulate<T>(partial, rows, x + column * x_stride, x_stride, size, [](int64_t) OMNI_LAMBDA {});
-    store_tile(partial, sums + column * stride, stride);
+    scatter_tile(partial, sums + column * stride, stride, apart);
   });
 }
 
-constexpr int64_t kRowsAtOnce = 48;      // rows that dot_matrix takes at most,
-constexpr int64_t kColumnsAtOnce = 128;  // and staged columns
+constexpr int64_t kRowsAtOnce = 48;      // rows that more than a few columns meet before the next ones,
+constexpr int64_t kColumnsAtOnce = 128;  // and staged columns that dot_matrix takes at most
 constexpr int64_t kFewColumns = 48;      // columns that are read again for every tile of rows, not the rows for them
-
-// Memory that is read after some rows, asked for step by step while they are multiplied.
-template <class T, int kRows>
-struct Ahead {
-  const T* begin;
-  int64_t row_stride;
-
-  // Beside the only group of columns: as much as one step takes, in the order in which it lies.
-  OMNI_INLINE void ask_all(int64_t at) const {
-    constexpr int64_t kBytes = kRows * Staging<T>::kStep * sizeof(T);
-    OMNI_UNROLL
-    for (int64_t byte = 0; byte < kBytes; byte += kLineBytes)
-      __builtin_prefetch(reinterpret_cast<const char*>(begin + at * kRows) + byte, 0, 2);
-  }
-
-  // Beside one group of some: of a few rows each.
-  template <int kAsked>
-  OMNI_INLINE void ask_rows(int64_t group, int64_t at) const {
-    OMNI_UNROLL
-    for (int each = 0; each < kAsked; ++each)
-      __builtin_prefetch(begin + (group * kAsked + each) % kRows * row_stride + at, 0, 2);
-  }
-};
+// Columns that are one tile: each weight is read once, and memory is all that counts.
+template <class T>
+constexpr int64_t kTileOfColumns = kHasWideTile<T> ? kWideColumns : kTileColumns;
 
 // A product of rows and columns by tiles of kRows * kColumns; see dot_matrix.
 template <class T, int kRows, int kColumns>
@@ -317,19 +311,39 @@ struct TiledProduct {
     for (; row < count; ++row) function(row, std::integral_constant<int, 1>{});
   }
 
-  // All columns with a few rows, then with the next ones, of which kAsked are asked for beside each group of columns.
+  // Tiles of rows that lie far apart, each followed by its neighbour in the next tile: the processor sees a few long
+  // streams, and asks for them ahead by itself better than any instructions can.
+  void by_streams() const {
+    const auto no_ask = [](int64_t) OMNI_LAMBDA {};
+    const int64_t apart = count / kRows;
+    for_each_column_group<kColumns>(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
+      for (int64_t row = 0; row < apart; ++row) {
+        const T* rows[kRows];
+        for (int r = 0; r < kRows; ++r) rows[r] = matrix + (row + r * apart) * row_stride;
+        Floats partial[kRows][width.value] = {};
+        accumulate<T>(partial, rows, x + column * x_stride, x_stride, size, no_ask);
+        scatter_tile(partial, sums + column * stride + row, stride, apart);
+      }
+      for (int64_t row = apart * kRows; row < count; ++row) tile<1, width.value>(row, column, no_ask);
+    });
+  }
+
+  // All columns with a few neighbouring rows, then with the next ones, of which kAsked are asked for beside each group
+  // of columns, step by step.
   template <int kAsked>
   void by_rows(int64_t following) const {
     for_each_row_group([&](int64_t row, auto height) OMNI_LAMBDA {
-      const int64_t next = std::min(row + height.value, std::max<int64_t>(count + following - kRows, 0));
-      const Ahead<T, kRows> ahead{matrix + next * row_stride, row_stride};
+      const T* next =
+          matrix + std::min(row + height.value, std::max<int64_t>(count + following - kRows, 0)) * row_stride;
       int64_t group = 0;
       for_each_column_group<kColumns>(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
-        tile<height.value, width.value>(row, column, [&](int64_t at) OMNI_LAMBDA {
-          if constexpr (kAsked == kRows) ahead.ask_all(at);
-          else ahead.template ask_rows<kAsked>(group, at);
-        });
+        const T* asked[kAsked];
+        for (int64_t each = 0; each < kAsked; ++each) asked[each] = next + (group * kAsked + each) % kRows * row_stride;
         ++group;
+        tile<height.value, width.value>(row, column, [&](int64_t at) OMNI_LAMBDA {
+          OMNI_UNROLL
+          for (int each = 0; each < kAsked; ++each) __builtin_prefetch(asked[each] + at, 0, 2);
+        });
       });
     });
   }
@@ -347,20 +361,24 @@ struct TiledProduct {
     if (columns > kFewColumns) return by_columns();
     if (columns > 2 * kColumns) return by_rows<1>(following);
     if (columns > kColumns) return by_rows<(kRows + 1) / 2>(following);
-    by_rows<kRows>(following);
+    by_streams();
   }
 };
 
-// sums[column * stride + row] of `count` rows that lie `row_stride` apart, at most kRowsAtOnce, for at most
-// kColumnsAtOnce staged columns; kSpare floats behind those of each column are overwritten. `following`: how many rows
-// behind them will be read next; memory is asked for them.
+// sums[column * stride + row] of `count` rows that lie `row_stride` apart, for at most kColumnsAtOnce staged columns;
+// kSpare floats behind those of each column are overwritten. `following`: how many rows behind them will be read next;
+// memory is asked for them.
 template <class T>
 inline void dot_matrix(const T* matrix, int64_t row_stride, int64_t count, const Staged<T>* x, int64_t x_stride,
                        int64_t columns, int64_t size, float* sums, int64_t stride, int64_t following) {
   const auto multiply = [&](auto rows, auto most) {
-    const TiledProduct<T, rows.value, most.value> product{matrix, row_stride, count, x, x_stride,
-                                                          columns, size, sums, stride};
-    product.multiply(following);
+    const int64_t at_once = columns <= most.value ? count : kRowsAtOnce;
+    for (int64_t row = 0; row < count; row += at_once) {
+      const int64_t height = std::min(at_once, count - row);
+      const TiledProduct<T, rows.value, most.value> product{matrix + row * row_stride, row_stride, height, x, x_stride,
+                                                            columns, size, sums + row, stride};
+      product.multiply(count - row - height + following);
+    }
   };
   if constexpr (kHasWideTile<T>) {
     if (columns > kTileColumns)
