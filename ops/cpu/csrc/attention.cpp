@@ -46,7 +46,7 @@ struct GroupedHeads {  // one KV head and the query heads that share it
     };
     const auto multiply = [&](const auto& rows, int64_t head, int64_t token, int64_t apart, auto width) OMNI_LAMBDA {
       Floats partial[std::extent_v<std::remove_reference_t<decltype(rows)>>][width.value] = {};
-      accumulate<T>(partial, rows, query + head * stride, stride, size, [](int64_t) OMNI_LAMBDA {});
+      accumulate<T>(partial, rows, query + head * stride, stride, size);
       scatter_tile(partial, to + head * kBlock + token, kBlock, apart);
     };
     if (group > kTileColumns) {

@@ -13,9 +13,8 @@
 namespace omni {
 namespace {
 
-constexpr int64_t kInnerPerTask = 32;
-constexpr int64_t kMaxDimsPerTask = 64;
-constexpr int64_t kTasksPerThread = 8;
+constexpr int64_t kLeastPerTask = 32, kMostPerTask = 128;  // of an expert's inner features
+constexpr int64_t kTasksPerThread = 4;  // or fewer: long streams of weights are faster than short ones
 constexpr int64_t kStagedRows = 1024;   // (token, choice) pairs that are staged at a time, or one expert's
 
 struct Chosen {  // an expert that some token chose, and where its rows lie among all (token, choice) pairs
@@ -51,14 +50,16 @@ void add_experts(const RoutedExperts& problem, const Chosen* chosen, int64_t exp
     }
   });
 
-  const int64_t parts = (inner + kInnerPerTask - 1) / kInnerPerTask;
+  const int64_t inner_share = experts * inner / (thread_count() * kTasksPerThread) / kTileRows * kTileRows;
+  const int64_t inner_per_task = std::clamp<int64_t>(inner_share, kLeastPerTask, kMostPerTask);
+  const int64_t parts = (inner + inner_per_task - 1) / inner_per_task;
   for_each_task(experts * parts, [&](int64_t task) {
     const Chosen& one = chosen[task / parts];
-    const int64_t begin = task % parts * kInnerPerTask, width = std::min(kInnerPerTask, inner - begin);
+    const int64_t begin = task % parts * inner_per_task, width = std::min(inner_per_task, inner - begin);
     const T* gate = static_cast<const T*>(problem.gate_up) + one.expert * problem.gate_up_expert_stride +
                     begin * problem.gate_up_stride;
     const T* up = gate + inner * problem.gate_up_stride;
-    constexpr int64_t kStride = kInnerPerTask + kSpare;
+    constexpr int64_t kStride = kMostPerTask + kSpare;
     float gates[kColumnsAtOnce * kStride], ups[kColumnsAtOnce * kStride];
     for (int64_t row = one.begin - first; row < one.end - first; row += kColumnsAtOnce) {
       const int64_t count = std::min(kColumnsAtOnce, one.end - first - row);
@@ -80,10 +81,10 @@ void add_experts(const RoutedExperts& problem, const Chosen* chosen, int64_t exp
   });
 
   const int64_t share = dim / (thread_count() * kTasksPerThread) / kTileRows * kTileRows;
-  const int64_t dims_per_task = std::clamp<int64_t>(share, kTileRows, kMaxDimsPerTask);
+  const int64_t dims_per_task = std::clamp<int64_t>(share, kTileRows, kMostPerTask);
   for_each_task((dim + dims_per_task - 1) / dims_per_task, [&](int64_t task) {
     const int64_t begin = task * dims_per_task, width = std::min(dims_per_task, dim - begin);
-    constexpr int64_t kStride = kMaxDimsPerTask + kSpare;
+    constexpr int64_t kStride = kMostPerTask + kSpare;
     float results[kColumnsAtOnce * kStride];
     for (int64_t index = 0; index < experts; ++index) {
       const Chosen& one = chosen[index];

@@ -90,41 +90,72 @@ constexpr int kWideRows = 3, kWideColumns = 4;
 template <class T>
 constexpr bool kHasWideTile = std::is_same_v<T, BFloat16>;
 
+// What the loop below reads: it has more operands than an assembler statement may.
+struct WideSteps {
+  const BFloat16 *rows[kWideRows], *asked[2];  // their ends
+  const float* x;
+  int64_t stride, at;  // of x, and from the ends, in bytes
+};
+
 #define OMNI_COLUMN(address, a, b, c)             \
   "vmovups " address ", %%ymm15\n\t"              \
   "vfmadd231ps %%ymm15, %%ymm12, %[" #a "]\n\t" \
   "vfmadd231ps %%ymm15, %%ymm13, %[" #b "]\n\t" \
   "vfmadd231ps %%ymm15, %%ymm14, %[" #c "]\n\t"
-#define OMNI_COLUMNS(offset)                               \
-  OMNI_COLUMN(offset "(%[x])", a0, b0, c0)                 \
-  OMNI_COLUMN(offset "(%[x], %[stride])", a1, b1, c1)      \
-  OMNI_COLUMN(offset "(%[x], %[stride], 2)", a2, b2, c2)   \
-  OMNI_COLUMN(offset "(%[last])", a3, b3, c3)
-
+#define OMNI_COLUMNS(offset)                           \
+  OMNI_COLUMN(offset "(%%rsi)", a0, b0, c0)            \
+  OMNI_COLUMN(offset "(%%rsi, %%rdi)", a1, b1, c1)     \
+  OMNI_COLUMN(offset "(%%rsi, %%rdi, 2)", a2, b2, c2)  \
+  OMNI_COLUMN(offset "(%%rsi, %%rcx)", a3, b3, c3)
 // The even elements of three rows with those of four columns, then the odd ones: where the even ones have zeros, the
-// blend puts the odd ones of the same word.
-OMNI_INLINE void dot_wide_step(Floats (&sums)[kWideRows][kWideColumns], const BFloat16* const (&rows)[kWideRows],
-                               int64_t at, const float* x, int64_t x_stride) {
-  x += at;
-  __asm__ volatile(
-      "vmovdqu (%[row_0]), %%ymm12\n\t"
-      "vmovdqu (%[row_1]), %%ymm13\n\t"
-      "vmovdqu (%[row_2]), %%ymm14\n\t"
-      "vpslld $16, %%ymm12, %%ymm12\n\t"
-      "vpslld $16, %%ymm13, %%ymm13\n\t"
-      "vpslld $16, %%ymm14, %%ymm14\n\t"
-      OMNI_COLUMNS("")
-      "vpblendw $0xaa, (%[row_0]), %%ymm12, %%ymm12\n\t"
-      "vpblendw $0xaa, (%[row_1]), %%ymm13, %%ymm13\n\t"
-      "vpblendw $0xaa, (%[row_2]), %%ymm14, %%ymm14\n\t"
-      OMNI_COLUMNS("32")
-      : [a0] "+x"(sums[0][0]), [a1] "+x"(sums[0][1]), [a2] "+x"(sums[0][2]), [a3] "+x"(sums[0][3]),
-        [b0] "+x"(sums[1][0]), [b1] "+x"(sums[1][1]), [b2] "+x"(sums[1][2]), [b3] "+x"(sums[1][3]),
-        [c0] "+x"(sums[2][0]), [c1] "+x"(sums[2][1]), [c2] "+x"(sums[2][2]), [c3] "+x"(sums[2][3])
-      : [row_0] "r"(rows[0] + at), [row_1] "r"(rows[1] + at), [row_2] "r"(rows[2] + at), [x] "r"(x),
-        [stride] "r"(x_stride * sizeof(float)), [last] "r"(x + 3 * x_stride)
-      : "xmm12", "xmm13", "xmm14", "xmm15", "memory");
+// blend puts the odd ones of the same word. The loop is part of it, so that no sum is moved on the way.
+#define OMNI_STEPS(asks)                                                                                              \
+  __asm__ volatile(                                                                                                   \
+      "mov (%[steps]), %%r8\n\t"                                                                                      \
+      "mov 8(%[steps]), %%r9\n\t"                                                                                     \
+      "mov 16(%[steps]), %%r10\n\t"                                                                                   \
+      "mov 24(%[steps]), %%r11\n\t"                                                                                   \
+      "mov 32(%[steps]), %%rdx\n\t"                                                                                   \
+      "mov 40(%[steps]), %%rsi\n\t"                                                                                   \
+      "mov 48(%[steps]), %%rdi\n\t"                                                                                   \
+      "mov 56(%[steps]), %%rax\n\t"                                                                                   \
+      "lea (%%rdi, %%rdi, 2), %%rcx\n\t"                                                                              \
+      ".p2align 5\n"                                                                                                  \
+      "1:\n\t" asks                                                                                                   \
+      "vmovdqu (%%r8, %%rax), %%ymm12\n\t"                                                                            \
+      "vmovdqu (%%r9, %%rax), %%ymm13\n\t"                                                                            \
+      "vmovdqu (%%r10, %%rax), %%ymm14\n\t"                                                                           \
+      "vpslld $16, %%ymm12, %%ymm12\n\t"                                                                              \
+      "vpslld $16, %%ymm13, %%ymm13\n\t"                                                                              \
+      "vpslld $16, %%ymm14, %%ymm14\n\t"                                                                              \
+      OMNI_COLUMNS("")                                                                                                \
+      "vpblendw $0xaa, (%%r8, %%rax), %%ymm12, %%ymm12\n\t"                                                           \
+      "vpblendw $0xaa, (%%r9, %%rax), %%ymm13, %%ymm13\n\t"                                                           \
+      "vpblendw $0xaa, (%%r10, %%rax), %%ymm14, %%ymm14\n\t"                                                          \
+      OMNI_COLUMNS("32")                                                                                              \
+      "add $64, %%rsi\n\t"                                                                                            \
+      "add $32, %%rax\n\t"                                                                                            \
+      "jnz 1b\n\t"                                                                                                    \
+      : [a0] "+x"(sums[0][0]), [a1] "+x"(sums[0][1]), [a2] "+x"(sums[0][2]), [a3] "+x"(sums[0][3]),                   \
+        [b0] "+x"(sums[1][0]), [b1] "+x"(sums[1][1]), [b2] "+x"(sums[1][2]), [b3] "+x"(sums[1][3]),                   \
+        [c0] "+x"(sums[2][0]), [c1] "+x"(sums[2][1]), [c2] "+x"(sums[2][2]), [c3] "+x"(sums[2][3])                    \
+      : [steps] "r"(&steps)                                                                                           \
+      : "rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11", "xmm12", "xmm13", "xmm14", "xmm15", "cc",        \
+        "memory")
+
+// sums += rows . x over `size` elements, more than none and whole steps; of each row in `asked` as much is asked for.
+template <int kAsked>
+OMNI_INLINE void dot_wide(Floats (&sums)[kWideRows][kWideColumns], const BFloat16* const (&rows)[kWideRows],
+                          const float* x, int64_t x_stride, int64_t size, const BFloat16* const* asked) {
+  static_assert(kAsked <= 2 && sizeof(WideSteps) == 8 * sizeof(int64_t));
+  WideSteps steps{{rows[0] + size, rows[1] + size, rows[2] + size}, {}, x, x_stride * int64_t(sizeof(float)),
+                  -size * int64_t(sizeof(BFloat16))};
+  for (int each = 0; each < kAsked; ++each) steps.asked[each] = asked[each] + size;
+  if constexpr (kAsked == 0) OMNI_STEPS("");
+  if constexpr (kAsked == 1) OMNI_STEPS("prefetcht1 (%%r11, %%rax)\n\t");
+  if constexpr (kAsked == 2) OMNI_STEPS("prefetcht1 (%%r11, %%rax)\n\tprefetcht1 (%%rdx, %%rax)\n\t");
 }
+#undef OMNI_STEPS
 #undef OMNI_COLUMNS
 #undef OMNI_COLUMN
 #else
@@ -151,8 +182,6 @@ OMNI_INLINE void dot_step(Floats (&sums)[kRows][kColumns], const T* const (&rows
     return;
   }
 #endif
-  if constexpr (kHasWideTile<T> && kRows == kWideRows && kColumns == kWideColumns)
-    return dot_wide_step(sums, rows, at, x, x_stride);
   constexpr int kParts = Staging<T>::kStep / kLanes;
   OMNI_UNROLL
   for (int part = 0; part < kParts; ++part) {
@@ -187,24 +216,42 @@ OMNI_INLINE void dot_step(Floats (&sums)[kRows][kColumns], const T* const (&rows
   }
 }
 
-// partial += rows . x, lane by lane, over `size` elements that begin at a whole step. ask(at) is called at each step.
-template <class T, int kRows, int kColumns, class Ask>
-OMNI_INLINE void accumulate(Floats (&partial)[kRows][kColumns], const T* const (&rows)[kRows], const Staged<T>* x,
-                            int64_t x_stride, int64_t size, const Ask& ask) {
-  constexpr int kStep = Staging<T>::kStep;
-  int64_t at = 0;
-  for (; at + kStep <= size; at += kStep) {
-    ask(at);
-    dot_step<T, kRows, kColumns>(partial, rows, at, x, x_stride);
+// Rows that are read next, asked for while others are multiplied, as much of each.
+template <class T, int kCount>
+struct Asked {
+  const T* rows[kCount == 0 ? 1 : kCount] = {};
+};
+
+// partial += rows . x, lane by lane, over `end` elements, whole steps.
+template <class T, int kRows, int kColumns, int kAsked>
+OMNI_INLINE void dot_steps(Floats (&partial)[kRows][kColumns], const T* const (&rows)[kRows], const Staged<T>* x,
+                           int64_t x_stride, int64_t end, const Asked<T, kAsked>& asked) {
+  if constexpr (kHasWideTile<T> && kRows == kWideRows && kColumns == kWideColumns) {
+    if (end > 0) dot_wide<kAsked>(partial, rows, x, x_stride, end, asked.rows);
+  } else {
+    for (int64_t at = 0; at < end; at += Staging<T>::kStep) {
+      OMNI_UNROLL
+      for (int each = 0; each < kAsked; ++each) __builtin_prefetch(asked.rows[each] + at, 0, 2);
+      dot_step<T, kRows, kColumns>(partial, rows, at, x, x_stride);
+    }
   }
-  if (at < size) {
+}
+
+// The same over `size` elements, behind which x has zeros up to a whole step.
+template <class T, int kRows, int kColumns, int kAsked = 0>
+OMNI_INLINE void accumulate(Floats (&partial)[kRows][kColumns], const T* const (&rows)[kRows], const Staged<T>* x,
+                            int64_t x_stride, int64_t size, const Asked<T, kAsked>& asked = {}) {
+  constexpr int kStep = Staging<T>::kStep;
+  const int64_t whole = size / kStep * kStep;
+  dot_steps<T>(partial, rows, x, x_stride, whole, asked);
+  if (whole < size) {
     T rests[kRows][kStep] = {};
     const T* rest_rows[kRows];
     for (int r = 0; r < kRows; ++r) {
-      std::memcpy(rests[r], rows[r] + at, (size - at) * sizeof(T));
+      std::memcpy(rests[r], rows[r] + whole, (size - whole) * sizeof(T));
       rest_rows[r] = rests[r];
     }
-    dot_step<T, kRows, kColumns>(partial, rest_rows, 0, x + at, x_stride);
+    dot_steps<T>(partial, rest_rows, x + whole, x_stride, kStep, Asked<T, 0>{});
   }
 }
 
@@ -273,7 +320,7 @@ inline void dot_columns(const T* const (&rows)[kRows], const Staged<T>* x, int64
                         int64_t size, float* sums, int64_t stride, int64_t apart) {
   for_each_column_group<kTileColumns>(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
     Floats partial[kRows][width.value] = {};
-    accumulate<T>(partial, rows, x + column * x_stride, x_stride, size, [](int64_t) OMNI_LAMBDA {});
+    accumulate<T>(partial, rows, x + column * x_stride, x_stride, size);
     scatter_tile(partial, sums + column * stride, stride, apart);
   });
 }
@@ -295,12 +342,12 @@ struct TiledProduct {
   float* sums;
   int64_t stride;
 
-  template <int kHeight, int kWidth, class Ask>
-  OMNI_INLINE void tile(int64_t row, int64_t column, const Ask& ask) const {
+  template <int kHeight, int kWidth, int kAsked = 0>
+  OMNI_INLINE void tile(int64_t row, int64_t column, const Asked<T, kAsked>& asked = {}) const {
     const T* rows[kHeight];
     for (int r = 0; r < kHeight; ++r) rows[r] = matrix + (row + r) * row_stride;
     Floats partial[kHeight][kWidth] = {};
-    accumulate<T>(partial, rows, x + column * x_stride, x_stride, size, ask);
+    accumulate<T>(partial, rows, x + column * x_stride, x_stride, size, asked);
     store_tile(partial, sums + column * stride + row, stride);
   }
 
@@ -314,17 +361,16 @@ struct TiledProduct {
   // Tiles of rows that lie far apart, each followed by its neighbour in the next tile: the processor sees a few long
   // streams, and asks for them ahead by itself better than any instructions can.
   void by_streams() const {
-    const auto no_ask = [](int64_t) OMNI_LAMBDA {};
     const int64_t apart = count / kRows;
     for_each_column_group<kColumns>(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
       for (int64_t row = 0; row < apart; ++row) {
         const T* rows[kRows];
         for (int r = 0; r < kRows; ++r) rows[r] = matrix + (row + r * apart) * row_stride;
         Floats partial[kRows][width.value] = {};
-        accumulate<T>(partial, rows, x + column * x_stride, x_stride, size, no_ask);
+        accumulate<T>(partial, rows, x + column * x_stride, x_stride, size);
         scatter_tile(partial, sums + column * stride + row, stride, apart);
       }
-      for (int64_t row = apart * kRows; row < count; ++row) tile<1, width.value>(row, column, no_ask);
+      for (int64_t row = apart * kRows; row < count; ++row) tile<1, width.value>(row, column);
     });
   }
 
@@ -337,13 +383,11 @@ struct TiledProduct {
           matrix + std::min(row + height.value, std::max<int64_t>(count + following - kRows, 0)) * row_stride;
       int64_t group = 0;
       for_each_column_group<kColumns>(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
-        const T* asked[kAsked];
-        for (int64_t each = 0; each < kAsked; ++each) asked[each] = next + (group * kAsked + each) % kRows * row_stride;
+        Asked<T, kAsked> asked;
+        for (int64_t each = 0; each < kAsked; ++each)
+          asked.rows[each] = next + (group * kAsked + each) % kRows * row_stride;
         ++group;
-        tile<height.value, width.value>(row, column, [&](int64_t at) OMNI_LAMBDA {
-          OMNI_UNROLL
-          for (int each = 0; each < kAsked; ++each) __builtin_prefetch(asked[each] + at, 0, 2);
-        });
+        tile<height.value, width.value>(row, column, asked);
       });
     });
   }
@@ -352,7 +396,7 @@ struct TiledProduct {
   void by_columns() const {
     for_each_column_group<kColumns>(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
       for_each_row_group([&](int64_t row, auto height) OMNI_LAMBDA {
-        tile<height.value, width.value>(row, column, [](int64_t) OMNI_LAMBDA {});
+        tile<height.value, width.value>(row, column);
       });
     });
   }
