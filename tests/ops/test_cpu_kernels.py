@@ -65,7 +65,7 @@ def randn(dtype: torch.dtype, *shape: int) -> Tensor:
 
 @DTYPES
 @pytest.mark.parametrize(
-    "shape", [(1, 64, 64), (3, 37, 45), (8, 100, 256), (33, 66, 100), (7, 5, 3), (2, 1, 1)], ids=str
+    "shape", [(1, 64, 64), (3, 37, 45), (8, 100, 256), (33, 66, 100), (7, 5, 3), (2, 1, 1), (3, 3107, 40)], ids=str
 )
 def test_linear_equals_the_plain_body(own: OpTable, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     rows, outputs, inputs = shape
@@ -184,7 +184,14 @@ class Paged:
 
 ATTENTION = pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "value_dim", "block_size"),
-    [(4, 4, 64, 64, 16), (6, 2, 24, 20, 4), (8, 1, 128, 128, 32), (7, 7, 12, 10, 5), (10, 2, 33, 1, 16)],
+    [
+        (4, 4, 64, 64, 16),
+        (6, 2, 24, 20, 4),
+        (8, 1, 128, 128, 32),
+        (7, 7, 12, 10, 5),
+        (10, 2, 33, 1, 16),
+        (20, 1, 16, 24, 16),
+    ],
 )
 LENS = [1, 33, 700, 4, 64]
 

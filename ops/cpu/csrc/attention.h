@@ -87,9 +87,10 @@ void attend(const Shape& shape, const Problem& problem) {
   static thread_local std::vector<int64_t> first_task;  // of each request
   static thread_local Scratch partial_scratch, unfinished_scratch;
   const int64_t requests = problem.requests, units = shape.units(), heads_of_unit = shape.heads_of_unit();
+  const int64_t span_size = shape.span();
   const auto spans_of = [&](int64_t request) {
     const int64_t seen = problem.context_lens[request] - shape.begin(request);
-    return std::max<int64_t>((seen + shape.span() - 1) / shape.span(), 1);
+    return std::max<int64_t>((seen + span_size - 1) / span_size, 1);
   };
   int64_t spans = 0;
   for (int64_t request = 0; request < requests; ++request) spans += spans_of(request);
@@ -122,8 +123,8 @@ void attend(const Shape& shape, const Problem& problem) {
     const int64_t first_head = first_unit * heads_of_unit;
     const int64_t heads = std::min(last_unit * heads_of_unit, problem.heads) - first_head;
     const Pages pages{problem.block_table + task.request * problem.block_table_stride, problem.block_size};
-    const int64_t begin = shape.begin(task.request) + task.span * shape.span();
-    const int64_t end = std::min<int64_t>(begin + shape.span(), problem.context_lens[task.request]);
+    const int64_t begin = shape.begin(task.request) + task.span * span_size;
+    const int64_t end = std::min<int64_t>(begin + span_size, problem.context_lens[task.request]);
     const int64_t query_size = shape.query_size();
     Staged<T>* query = query_scratch.reserve<Staged<T>>(heads * query_size);
     for (int64_t head = 0; head < heads; ++head)

@@ -13,7 +13,8 @@
 namespace omni {
 namespace {
 
-constexpr int64_t kLeastPerTask = 32, kMostPerTask = 128;  // of an expert's inner features
+constexpr int64_t kLeastInnerPerTask = 32;
+constexpr int64_t kMostPerTask = 128;   // inner features, or output features
 constexpr int64_t kTasksPerThread = 4;  // or fewer: long streams of weights are faster than short ones
 constexpr int64_t kStagedRows = 1024;   // (token, choice) pairs that are staged at a time, or one expert's
 
@@ -51,7 +52,7 @@ void add_experts(const RoutedExperts& problem, const Chosen* chosen, int64_t exp
   });
 
   const int64_t inner_share = experts * inner / (thread_count() * kTasksPerThread) / kTileRows * kTileRows;
-  const int64_t inner_per_task = std::clamp<int64_t>(inner_share, kLeastPerTask, kMostPerTask);
+  const int64_t inner_per_task = std::clamp<int64_t>(inner_share, kLeastInnerPerTask, kMostPerTask);
   const int64_t parts = (inner + inner_per_task - 1) / inner_per_task;
   for_each_task(experts * parts, [&](int64_t task) {
     const Chosen& one = chosen[task / parts];

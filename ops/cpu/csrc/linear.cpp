@@ -20,7 +20,7 @@ constexpr int64_t kBlockRows = 24;     // and whole blocks of output features,
 constexpr int64_t kMostBlocks = 16;    // at most so many
 constexpr int64_t kSums = kColumnsAtOnce * (kRowsAtOnce + kSpare);
 
-static_assert(kSums >= kTileColumns * (kMostBlocks * kBlockRows + kSpare));
+static_assert(kSums >= std::max(kTileColumns, kWideColumns) * (kMostBlocks * kBlockRows + kSpare));
 
 template <class T>
 void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64_t first, int64_t count) {
