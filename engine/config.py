@@ -88,6 +88,10 @@ class EngineArgs:
     long_prefill_token_threshold: int = _arg(
         0, "most prompt tokens of one request per step; 0: no limit of its own", size=True
     )
+    max_prefill_share: float = _arg(
+        1.0, "share of the time that prompts may take while other requests decode; below 1 tokens come more evenly, "
+        "and first tokens later where prompts come close together; 1: no limit",
+    )  # fmt: skip
     scheduling_policy: str = _arg("fcfs", "order of waiting requests", choices=("fcfs", "priority"))
     max_num_queued_reqs: int | None = _arg(None, "refuse requests (503) while this many wait", size=True)
     max_num_queued_tokens: int | None = _arg(
@@ -155,6 +159,8 @@ class EngineArgs:
             raise ValueError(f"max_logprobs must be at least 0, or -1 for the whole vocabulary: {self.max_logprobs}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1]: {self.gpu_memory_utilization}")
+        if not 0 < self.max_prefill_share <= 1:
+            raise ValueError(f"max_prefill_share must be in (0, 1]: {self.max_prefill_share}")
         if self.profiler_config is not None:
             choose_profiler(self.profiler_config)
         choose_graphs(self)

@@ -113,6 +113,7 @@ def scheduler_config(config: EngineConfig, max_num_seqs: int, max_model_len: int
         max_model_len=max_model_len,
         enable_chunked_prefill=config.args.enable_chunked_prefill,
         long_prefill_token_threshold=config.args.long_prefill_token_threshold,
+        max_prefill_share=config.args.max_prefill_share,
         policy=config.args.scheduling_policy,
         max_num_queued_reqs=config.args.max_num_queued_reqs,
         max_num_queued_tokens=config.args.max_num_queued_tokens,

@@ -16,6 +16,7 @@ class SchedulerConfig:
     max_model_len: int  # longest sequence, prompt and output together
     enable_chunked_prefill: bool = True
     long_prefill_token_threshold: int = 0  # most tokens of one request per step; 0: no limit of its own
+    max_prefill_share: float = 1.0  # of the time that prompts may take while other requests decode; 1: no limit
     policy: str = "fcfs"
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None  # counts prompt tokens
@@ -27,6 +28,8 @@ class SchedulerConfig:
         for name in ("long_prefill_token_threshold", "max_num_queued_reqs", "max_num_queued_tokens"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+        if not 0 < self.max_prefill_share <= 1:
+            raise ValueError(f"max_prefill_share must be in (0, 1]: {self.max_prefill_share}")
         if self.policy not in POLICIES:
             raise ValueError(f"scheduling policy must be one of {', '.join(POLICIES)}: {self.policy}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -17,6 +17,7 @@ from .config import SchedulerConfig
 from .draft_depth import DraftDepth
 from .draft_stats import DraftCounter, DraftStats
 from .plan import NewRow, StepOutput, StepPlan, TokenLogprobs
+from .prefill_pace import NO_LIMIT, PrefillPace
 from .queue import WaitingQueue
 from .request import Request, RequestInput, RequestStatus, RequestUpdate
 from .sketch import PlanSketch
@@ -55,6 +56,9 @@ class Scheduler:
     `num_unread` count the one token that is certain, and `num_ahead` those that may come on top: blocks are given for
     all of them. A draft without a block is not accepted (the device sees to that), so the drafts of the step itself get
     blocks where there are some and preempt nobody.
+
+    With `max_prefill_share` below 1 prompts are held back while others decode (`PrefillPace`), but for those of more
+    urgent requests, which come in as without it.
     """
 
     def __init__(self, config: SchedulerConfig, kv: KVCacheManager, draft_depth: DraftDepth | None = None) -> None:
@@ -65,6 +69,7 @@ class Scheduler:
         self.requests: dict[str, Request] = {}  # all that are not finished
         self.running: list[Request] = []  # sorted by order
         self.waiting = WaitingQueue()
+        self._pace = PrefillPace(config.max_prefill_share) if config.max_prefill_share < 1 else None
         self._by_priority = config.policy == "priority"
         self._num_arrived = 0
         self._num_planned = 0
@@ -95,18 +100,27 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan the next step. A plan without rows means that there is nothing to do; it is not to be executed."""
         budget, depth = self.config.max_num_batched_tokens, self.draft_depth
+        num_prompts = NO_LIMIT if self._pace is None else self._pace.num_prompts(any(map(_decodes, self.running)))
         if depth is None:
-            sketch = PlanSketch(budget)
+            sketch = PlanSketch(budget, num_prompts=num_prompts)
         else:
             # With nothing running yet, for those who will be when this step's prompts are through.
             num_requests = len(self.running) or min(len(self.waiting), self.config.max_num_seqs)
-            sketch = PlanSketch(budget, depth.depths, depth.choose(num_requests))
+            sketch = PlanSketch(budget, depth.depths, depth.choose(num_requests), num_prompts)
+        self._fill(sketch)
+        if sketch.is_empty and not sketch.num_prompts and not self._in_flight:
+            # Who decodes waits for blocks of a request whose prompt was held back: that one must go on.
+            sketch.num_prompts, sketch.is_short = NO_LIMIT, False
+            self._fill(sketch)
+        return self._plan(sketch)
+
+    def _fill(self, sketch: PlanSketch) -> None:
         self._plan_running(sketch)
         # While blocks are short nobody comes in: it would take what a running request gave up or waits for.
         if not sketch.is_short:
-            while sketch.has_tokens and (head := self.waiting.peek()) is not None and self._admit(head, sketch):
-                pass
-        return self._plan(sketch)
+            while sketch.has_tokens and sketch.num_prompts > 0 and (head := self.waiting.peek()) is not None:
+                if not self._admit(head, sketch):
+                    break
 
     def update(self, plan: StepPlan, output: StepOutput) -> list[RequestUpdate]:
         """Take in the output of the oldest plan in flight: append tokens, end what is complete, say what changed.
@@ -115,6 +129,8 @@ class Scheduler:
         output is not that plan's; then the scheduler's state is as before.
         """
         requests = self._take_in_flight(plan, output)
+        if self._pace is not None:
+            self._pace.observe(output.seconds)
         if output.pooled:
             return self._end_pooled(requests, output)
         all_logprobs, all_prompt_logprobs = output.logprobs, output.prompt_logprobs
@@ -283,6 +299,8 @@ class Scheduler:
                 if num_computed >= blocks.next_publish:
                     kv.publish(blocks, request.token_ids, num_computed)
             elif count:
+                if sketch.num_prompts <= 0:
+                    continue
                 if not sketch.spares_token():
                     break
                 count = min(count, self.config.long_prefill_token_threshold or count, sketch.budget)
@@ -315,6 +333,7 @@ class Scheduler:
 
     def _compute(self, request: Request, count: int, new_block_ids: list[int], sketch: PlanSketch) -> None:
         sketch.add(request, request.num_computed, count, new_block_ids)
+        sketch.num_prompts -= 1
         request.num_computed += count
         self.kv.publish(request.blocks, request.token_ids, request.num_computed)
 
@@ -439,6 +458,8 @@ class Scheduler:
         step = self._num_planned
         self._num_planned += 1
         self._in_flight.append((step, sketch.requests))
+        if self._pace is not None:
+            self._pace.plan(len(sketch.decode_requests), len(sketch.chunks))
         released_rows, self._released_rows = self._released_rows, []
         return sketch.finish(step, released_rows)
 
@@ -464,6 +485,10 @@ class Scheduler:
 
 def _order(request: Request) -> tuple[int, int]:
     return request.order
+
+
+def _decodes(request: Request) -> bool:
+    return len(request.token_ids) + request.num_unread == request.num_computed + 1 and not request.pools
 
 
 def _full_update(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .plan import NewRow, StepPlan
+from .prefill_pace import NO_LIMIT
 from .request import Request
 
 
@@ -11,13 +12,16 @@ class PlanSketch:
 
     __slots__ = (
         "budget", "chunks", "decode_block_ids", "decode_computed", "decode_requests", "decode_rows", "depths",
-        "is_short", "new_rows", "num_drafts",
+        "is_short", "new_rows", "num_drafts", "num_prompts",
     )  # fmt: skip
 
-    def __init__(self, budget: int, depths: tuple[int, ...] = (), num_drafts: int = 0) -> None:
+    def __init__(
+        self, budget: int, depths: tuple[int, ...] = (), num_drafts: int = 0, num_prompts: int = NO_LIMIT
+    ) -> None:
         self.budget = budget  # tokens that may still be planned
         self.depths = depths
         self.num_drafts = num_drafts  # that each decoding request verifies: one of `depths`, or none
+        self.num_prompts = num_prompts  # requests of whose prompts a piece may still be planned
         self.is_short = False  # blocks ran out: somebody was preempted, or waits for a block
         self.new_rows: list[NewRow] = []
         self.decode_requests: list[Request] = []

@@ -14,11 +14,12 @@ from report import OURS, Spread
 
 INPUT, OUTPUT = 128, 64
 CLOSED, POISSON = "closed loop", "Poisson"
-METRICS = ("ttft_p50_ms", "tpot_p50_ms", "tpot_p99_to_p50")
+METRICS = ("ttft_p50_ms", "tpot_p50_ms", "ttft_p99_ms", "tpot_p99_to_p50", "requests_per_second")
+COMPARED = METRICS[:2]
 
 
 def apply_load(url: str, model: Path, traffic: Sequence[str], requests: int, seed: int) -> dict[str, float]:
-    """Send requests of drawn token ids, streaming and greedy, and return METRICS and requests per second.
+    """Send requests of drawn token ids, streaming and greedy, and return METRICS.
 
     `traffic` are the flags that say when requests are sent. Every server gets the same ones for a seed, at the same
     times, each over a connection of its own: llama-server closes one that has been idle for some seconds, and a request
@@ -52,6 +53,7 @@ def load_metrics(result: Mapping[str, Any], requests: int) -> dict[str, float]:
     return {
         "ttft_p50_ms": result["p50_ttft_ms"],
         "tpot_p50_ms": result["p50_tpot_ms"],
+        "ttft_p99_ms": result["p99_ttft_ms"],
         "tpot_p99_to_p50": result["p99_tpot_ms"] / result["p50_tpot_ms"],
         "requests_per_second": result["request_throughput"],
     }
@@ -66,29 +68,40 @@ def ratios_within_rounds(
     return [ours[name] / best(row[name] for row in rows) for name in ours if all(name in row for row in rows)]
 
 
+def load_tables(records: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each rate and for each set of flags that our server had."""
+    kinds: dict[tuple[float, str], list[Mapping[str, Any]]] = {}
+    for record in records:
+        kinds.setdefault((record["rate"], record["flags"]), []).append(record)
+    parts: list[str] = []
+    for (rate, flags), kind in kinds.items():
+        foreign = max(record["foreign"] for record in kind)
+        parts += [
+            f"Poisson arrivals at {rate:.2f} requests/s, {INPUT} tokens in, {OUTPUT} out; flags of our server: "
+            f"{flags or 'none'}. Most that other processes took: {foreign:.1%}",
+            load_table(kind),
+        ]
+    return "\n\n".join(parts)
+
+
 def load_table(records: Sequence[Mapping[str, Any]]) -> str:
     """Medians and extremes over rounds, and what share of a peer's time ours is; below 1 it is ahead."""
     values: dict[tuple[str, str, str], dict[str, float]] = {}
     for record in records:
-        for metric in (*METRICS, "requests_per_second"):
+        for metric in METRICS:
             key = (record["traffic"], record["engine"], metric)
             values.setdefault(key, {})[record["round"]] = record[metric]
     engines = list(dict.fromkeys(record["engine"] for record in records))
     peers = [engine for engine in engines if engine != OURS]
-    rates = sorted({record["rate"] for record in records})
-    foreign = max((record["foreign"] for record in records), default=0.0)
     lines = [
-        f"Poisson arrivals at {', '.join(f'{rate:.2f}' for rate in rates)} requests/s, {INPUT} tokens in, "
-        f"{OUTPUT} out. Most that other processes took: {foreign:.1%}",
-        "",
-        "| W5 | server | TTFT p50, ms | TPOT p50, ms | TPOT p99/p50 | requests/s | n | TTFT, ours / theirs | "
-        "TPOT, ours / theirs |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| W5 | server | TTFT p50, ms | TPOT p50, ms | TTFT p99, ms | TPOT p99/p50 | requests/s | n | "
+        "TTFT, ours / theirs | TPOT, ours / theirs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
 
     def shares(traffic: str, against: Sequence[str]) -> str:
         cells = []
-        for metric in METRICS[:2]:
+        for metric in COMPARED:
             ours = values.get((traffic, OURS, metric), {})
             found = ratios_within_rounds(ours, [values.get((traffic, each, metric), {}) for each in against])
             cells.append(Spread.of(found).text(2) if found else "")
@@ -96,15 +109,13 @@ def load_table(records: Sequence[Mapping[str, Any]]) -> str:
 
     for traffic in (POISSON, CLOSED):
         for engine in engines:
-            taken = [values.get((traffic, engine, metric)) for metric in (*METRICS, "requests_per_second")]
+            taken = [values.get((traffic, engine, metric)) for metric in METRICS]
             if not all(taken):
                 continue
-            ttft, tpot, tail, rate = (Spread.of(list(each.values())) for each in taken if each)
+            spreads = [Spread.of(list(each.values())) for each in taken if each]
+            cells = [spread.text(digits) for spread, digits in zip(spreads, (1, 2, 0, 2, 2), strict=True)]
             against = shares(traffic, [engine]) if engine != OURS else " | "
-            lines.append(
-                f"| {traffic} | {engine} | {ttft.text(1)} | {tpot.text(2)} | {tail.text(2)} | {rate.text(2)} | "
-                f"{ttft.count} | {against} |"
-            )
+            lines.append(f"| {traffic} | {engine} | {' | '.join(cells)} | {spreads[0].count} | {against} |")
         if len({each for kind, each, _ in values if kind == traffic} - {OURS}) > 1:
-            lines.append(f"| {traffic} | best of the peers | | | | | | {shares(traffic, peers)} |")
+            lines.append(f"| {traffic} | best of the peers | | | | | | | {shares(traffic, peers)} |")
     return "\n".join(lines)

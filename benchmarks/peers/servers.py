@@ -35,7 +35,7 @@ from compare import busy_seconds, own_seconds
 from llama_cpp import NAME as LLAMA_CPP
 from llama_cpp import find_program, make_gguf
 from report import OURS
-from server_load import CLOSED, POISSON, apply_load, load_table
+from server_load import CLOSED, POISSON, apply_load, load_tables
 from server_process import first_token, running, tree_seconds
 from server_start import Start, measure_start, start_table, time_of_import
 
@@ -156,14 +156,15 @@ def measure_load(options: argparse.Namespace, url: str) -> None:
                     if number < 0:
                         capacities[name] = record["requests_per_second"]
                         continue
-                    labels = {"model": options.model.name, "engine": name, "round": f"{run}/{number}", "rate": rate}
+                    labels = {"model": options.model.name, "engine": name, "round": f"{run}/{number}", "rate": rate,
+                              "flags": " ".join(options.serve_flag)}  # fmt: skip
                     with samples.open("a") as file:
                         file.write(json.dumps({**labels, **record}) + "\n")
             except (RuntimeError, OSError) as error:
                 _tell_not_run(name, error)
                 del commands[name]
     records = [json.loads(line) for line in samples.read_text().splitlines()] if samples.exists() else []
-    print(load_table([record for record in records if record["model"] == options.model.name]))
+    print(load_tables([record for record in records if record["model"] == options.model.name]))
 
 
 def main() -> None:

@@ -31,8 +31,15 @@ def result(**changes):
 
 
 def record(engine, number, traffic="Poisson", **metrics):
-    labels = {"engine": engine, "round": f"x/{number}", "traffic": traffic, "rate": 2.0, "foreign": 0.01}
-    times = {"ttft_p50_ms": 100.0, "tpot_p50_ms": 20.0, "tpot_p99_to_p50": 1.2, "requests_per_second": 2.0}
+    labels = {"engine": engine, "round": f"x/{number}", "traffic": traffic, "rate": 2.0, "foreign": 0.01,
+              "flags": ""}  # fmt: skip
+    times = {
+        "ttft_p50_ms": 100.0,
+        "tpot_p50_ms": 20.0,
+        "ttft_p99_ms": 150.0,
+        "tpot_p99_to_p50": 1.2,
+        "requests_per_second": 2.0,
+    }
     return {**labels, **times, **metrics}
 
 
@@ -41,6 +48,7 @@ def test_a_load_is_told_by_its_medians_and_the_tail_of_the_time_per_token(peers)
     assert metrics == {
         "ttft_p50_ms": 80.0,
         "tpot_p50_ms": 20.0,
+        "ttft_p99_ms": 90.0,
         "tpot_p99_to_p50": 1.25,
         "requests_per_second": 2.5,
     }
@@ -60,12 +68,22 @@ def test_the_table_compares_within_rounds_and_with_the_best_peer_of_each(peers):
     records.append(record("vllm", 3, ttft_p50_ms=1.0))  # of a round that omni-engine has not
     table = peers.server_load.load_table(records)
     rows = {line.split(" | ")[1]: line for line in table.splitlines() if line.startswith("| Poisson")}
-    assert "| 50.0 (40.0 to 90.0) | 20.00 (20.00 to 20.00) | 1.20 (1.20 to 1.20) | 2.00" in rows["omni-engine"]
+    assert (
+        "| 50.0 (40.0 to 90.0) | 20.00 (20.00 to 20.00) | 150 (150 to 150) | 1.20 (1.20 to 1.20) | 2.00"
+        in rows["omni-engine"]
+    )
     assert rows["vllm"].endswith("| 4 | 0.50 (0.30 to 0.50) | 1.00 (1.00 to 1.00) |")
     assert rows["llama.cpp"].endswith("| 3 | 0.25 (0.25 to 0.90) | 1.00 (1.00 to 1.00) |")
     assert rows["best of the peers"].endswith("| 0.50 (0.50 to 0.90) | 1.00 (1.00 to 1.00) |")
     assert "closed loop" not in table
     assert "| closed loop | vllm |" in peers.server_load.load_table([*records, record("vllm", 0, "closed loop")])
+
+
+def test_loads_of_other_rates_and_flags_are_tables_of_their_own(peers):
+    records = [record("omni-engine", 0), record("omni-engine", 1, rate=0.5), record("omni-engine", 2, flags="--x")]
+    tables = peers.server_load.load_tables([*records, record("vllm", 1, rate=0.5)])
+    assert [line.split()[3] for line in tables.splitlines() if line.startswith("Poisson")] == ["2.00", "0.50", "2.00"]
+    assert tables.count("| vllm |") == 1 and tables.count("| 1 |") == 4 and "our server: --x." in tables
 
 
 @pytest.mark.parametrize("ends_by_itself", [False, True])

@@ -356,6 +356,7 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(path):
         ({"block_size": -1}, "block_size"),
         ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes"),
         ({"gpu_memory_utilization": 5}, "gpu_memory_utilization"),
+        ({"max_prefill_share": 0}, r"max_prefill_share must be in \(0, 1\]: 0"),
         ({"max_logprobs": -2}, "max_logprobs"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"scheduling_policy": "lifo"}, "scheduling_policy must be one of"),

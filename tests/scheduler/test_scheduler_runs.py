@@ -368,6 +368,7 @@ def runs(draw: st.DrawFn) -> Run:
         max_model_len=MAX_MODEL_LEN,
         enable_chunked_prefill=chunked,
         long_prefill_token_threshold=draw(st.sampled_from([0, 0, 1, 5])) if chunked else 0,
+        max_prefill_share=draw(st.sampled_from([1.0, 1.0, 0.5, 0.05])),
         policy=draw(st.sampled_from(["fcfs", "priority"])),
         max_num_queued_reqs=draw(st.sampled_from([None, None, 3])),
     )
