@@ -31,6 +31,7 @@ void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64
   const int64_t blocks = (outputs + kBlockRows - 1) / kBlockRows;
   const int64_t tasks = thread_count() * (count < kManyRows ? kTasksPerThread : kTasksOfManyPerThread);
   const int64_t blocks_per_task = std::clamp<int64_t>(blocks / tasks, 1, kMostBlocks);
+  const int64_t between_tasks = blocks_per_task * kBlockRows * thread_count();  // of one thread, in rows of the weight
   const int64_t parts = (blocks + blocks_per_task - 1) / blocks_per_task;
   for_each_task((count + kRowsPerTask - 1) / kRowsPerTask * parts, [&](int64_t task) {
     const int64_t begin = task % parts * blocks_per_task * kBlockRows;
@@ -44,8 +45,9 @@ void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64
       for (int64_t n = begin; n < end; n += at_once) {
         const int64_t width = std::min(at_once, end - n);
         const T* from = weight + n * problem.weight_stride;
+        const int64_t next = n + width < end ? n + width : begin + between_tasks;
         dot_matrix<T>(from, problem.weight_stride, width, x + row * x_stride, x_stride, rows, inputs, sums, sums_stride,
-                      row == first_row ? end - n - width : 0);
+                      next + width <= outputs ? next - n : 0);
         for (int64_t m = 0; m < rows; ++m) {
           T* to = output + (row + m) * problem.output_stride + n;
           float* from = sums + m * sums_stride;

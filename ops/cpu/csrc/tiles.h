@@ -377,51 +377,60 @@ struct TiledProduct {
   // All columns with a few neighbouring rows, then with the next ones, of which kAsked are asked for beside each group
   // of columns, step by step.
   template <int kAsked>
-  void by_rows(int64_t following) const {
+  void by_rows(int64_t next) const {
     for_each_row_group([&](int64_t row, auto height) OMNI_LAMBDA {
-      const T* next =
-          matrix + std::min(row + height.value, std::max<int64_t>(count + following - kRows, 0)) * row_stride;
+      const int64_t end = row + height.value;
+      const int64_t after = end == count && next > 0 ? next : std::min(end, std::max<int64_t>(count - kRows, 0));
+      const T* following = matrix + after * row_stride;
       int64_t group = 0;
       for_each_column_group<kColumns>(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
         Asked<T, kAsked> asked;
         for (int64_t each = 0; each < kAsked; ++each)
-          asked.rows[each] = next + (group * kAsked + each) % kRows * row_stride;
+          asked.rows[each] = following + (group * kAsked + each) % kRows * row_stride;
         ++group;
         tile<height.value, width.value>(row, column, asked);
       });
     });
   }
 
-  // All rows with a few columns, which stay in the first-level cache, then with the next ones.
-  void by_columns() const {
+  // All rows with a few columns, which stay in the first-level cache, then with the next ones. What follows them is
+  // asked for beside the last kRows groups of columns, another row of each tile beside each of them.
+  void by_columns(int64_t next) const {
+    int64_t ahead = next > 0 ? kRows - (columns + kColumns - 1) / kColumns : -columns;
     for_each_column_group<kColumns>(columns, [&](int64_t column, auto width) OMNI_LAMBDA {
-      for_each_row_group([&](int64_t row, auto height) OMNI_LAMBDA {
-        tile<height.value, width.value>(row, column);
-      });
+      if (ahead < 0) {
+        for_each_row_group([&](int64_t row, auto height) OMNI_LAMBDA { tile<height.value, width.value>(row, column); });
+      } else {
+        const T* following = matrix + (next + ahead) * row_stride;
+        for_each_row_group([&](int64_t row, auto height) OMNI_LAMBDA {
+          tile<height.value, width.value>(row, column, Asked<T, 1>{{following + row * row_stride}});
+        });
+      }
+      ++ahead;
     });
   }
 
-  void multiply(int64_t following) const {
-    if (columns > kFewColumns) return by_columns();
-    if (columns > 2 * kColumns) return by_rows<1>(following);
-    if (columns > kColumns) return by_rows<(kRows + 1) / 2>(following);
+  void multiply(int64_t next) const {
+    if (columns > kFewColumns) return by_columns(next);
+    if (columns > 2 * kColumns) return by_rows<1>(next);
+    if (columns > kColumns) return by_rows<(kRows + 1) / 2>(next);
     by_streams();
   }
 };
 
 // sums[column * stride + row] of `count` rows that lie `row_stride` apart, for at most kColumnsAtOnce staged columns;
-// kSpare floats behind those of each column are overwritten. `following`: how many rows behind them will be read next;
-// memory is asked for them.
+// kSpare floats behind those of each column are overwritten. `next`: where the rows stand that will be read after them,
+// as many, counted from the first of these; memory is asked for them. 0: nobody knows.
 template <class T>
 inline void dot_matrix(const T* matrix, int64_t row_stride, int64_t count, const Staged<T>* x, int64_t x_stride,
-                       int64_t columns, int64_t size, float* sums, int64_t stride, int64_t following) {
+                       int64_t columns, int64_t size, float* sums, int64_t stride, int64_t next) {
   const auto multiply = [&](auto rows, auto most) {
     const int64_t at_once = columns <= most.value ? count : kRowsAtOnce;
     for (int64_t row = 0; row < count; row += at_once) {
       const int64_t height = std::min(at_once, count - row);
       const TiledProduct<T, rows.value, most.value> product{matrix + row * row_stride, row_stride, height, x, x_stride,
                                                             columns, size, sums + row, stride};
-      product.multiply(count - row - height + following);
+      product.multiply(row + height < count ? height : next > 0 ? next - row : 0);
     }
   };
   if constexpr (kHasWideTile<T>) {
