@@ -58,9 +58,14 @@ class CoreChannel:
     def send(self, message: msgspec.Struct) -> None:
         self._socket.sendall(frame(message))
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `receive` would return at once."""
+        return bool(select.select([self._socket], [], [], 0)[0])
+
     def receive(self, wait: bool) -> Iterator[object]:
         """The messages that have come; waits for one if asked to. Raises EOFError once the front has gone."""
-        while wait or select.select([self._socket], [], [], 0)[0]:
+        while wait or self.has_news:
             data = self._socket.recv(READ_BYTES)
             if not data:
                 raise EOFError("the front process closed the connection")
@@ -117,6 +122,8 @@ def serve(channel: CoreChannel, clock: StepClock) -> None:
 def _step_until_told(core: EngineCore, channel: CoreChannel, clock: StepClock) -> None:
     while True:
         updates = []
+        while not core.has_unfinished and not channel.has_news and core.prepare():
+            pass
         for message in channel.receive(wait=not core.has_unfinished):
             if isinstance(message, Add):
                 updates += core.add(message.request)

@@ -20,6 +20,7 @@ class BlockPool:
         if num_blocks < 2:
             raise ValueError(f"a block pool needs at least 2 blocks, the null block included: {num_blocks}")
         self.num_blocks = num_blocks
+        self.highest_given = 0  # the highest id that was ever given out
         self._ref_counts = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
         self._block_of_key: dict[bytes, int] = {}
@@ -65,6 +66,7 @@ class BlockPool:
                 self._unpublish(block_id)
             self._ref_counts[block_id] = 1
             block_ids.append(block_id)
+        self.highest_given = max(self.highest_given, max(block_ids, default=0))
         return block_ids
 
     def touch(self, block_ids: Iterable[int]) -> None:
