@@ -299,14 +299,18 @@ class ModelRunner:
         caches = self.caches if drafting is None else self.caches[: len(self.caches) - drafting.drafter.num_caches]
         sampling_rows = rows[list(step.entries[num_decode:])]
         masks = self._begin_masks(rows[:num_decode], plan.num_drafts, sampling_rows)
-        hidden = self.model.forward(inputs.input_ids, context, caches)
-        step.prompt_logprobs = self._prompt_logprobs(plan, hidden)
         decoded = torch.arange(context.num_decode_tokens, device=self.device)
         index = torch.cat((decoded, inputs.chunk_ends))
+        wanted = None  # every token's state
+        if drafting is None and not self._reports_prompt(plan):
+            # One where nobody samples: ranks that share experts expect a part from each.
+            wanted = index if step.entries else decoded.new_zeros(1)
+        hidden = self.model.forward(inputs.input_ids, context, caches, wanted)
+        step.prompt_logprobs = self._prompt_logprobs(plan, hidden)
         tokens, last = decoded, inputs.chunk_ends
         if step.entries:
             logit_rows = np.concatenate((rows[:num_decode].repeat(1 + plan.num_drafts), sampling_rows))
-            logits = self.model.logits(hidden[index])
+            logits = self.model.logits(hidden[index] if wanted is None else hidden)
             sampled = self._sample(logits, logit_rows, context.positions[index] + 1, inputs.drafts, masks)
             step.sampled = sampled
             tokens = sampled.token_ids[context.num_decode_tokens :]  # of the chunks

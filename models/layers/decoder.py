@@ -42,14 +42,18 @@ class DecoderLayer(nn.Module):
         sin: Tensor,
         context: ForwardContext,
         cache: tuple[Tensor, ...],
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(hidden, residual) -> the same pair one layer on, both [tokens, hidden]. Their sum is the residual stream:
-        the addition is left to the next norm, where it is fused. No residual: hidden is the whole stream."""
+        the addition is left to the next norm, where it is fused. No residual: hidden is the whole stream. `wanted`
+        int64 [n]: the tokens that are fed forward, and returned; None for all."""
         if residual is None:
             hidden, residual = self.input_norm(hidden), hidden
         else:
             hidden, residual = self.input_norm.add(hidden, residual)
         hidden = self.attention(hidden, cos, sin, context, cache)
+        if wanted is not None:
+            hidden, residual = hidden[wanted], residual[wanted]
         hidden, residual = self.post_attention_norm.add(hidden, residual)
         return self.mlp(hidden), residual
 
@@ -90,12 +94,23 @@ class CausalDecoder(nn.Module):
         """Layer `index` of the family."""
         raise TypeError(f"a decoder family must define build_layer: {type(self).__name__}")
 
-    def forward(self, input_ids: Tensor, context: ForwardContext, caches: list[tuple[Tensor, ...]]) -> Tensor:
-        """input_ids int64 [tokens] -> [tokens, hidden] after the final norm; writes each layer's part of `caches`."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        context: ForwardContext,
+        caches: list[tuple[Tensor, ...]],
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids int64 [tokens] -> [tokens, hidden] after the final norm; writes each layer's part of `caches`.
+
+        `wanted` int64 [n], n at least 1: the tokens whose states somebody reads -> [n, hidden]. The last layer feeds
+        forward these alone: of the others nothing comes after its attention. None for all.
+        """
         hidden, residual = self.embedding(input_ids), None
         cos, sin = self.rotary(context.positions)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            hidden, residual = layer(hidden, residual, cos, sin, context, cache)
+        last = len(self.layers) - 1
+        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            hidden, residual = layer(hidden, residual, cos, sin, context, cache, wanted if index == last else None)
         return self.norm(hidden) if residual is None else self.norm.add(hidden, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

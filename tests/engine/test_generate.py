@@ -164,6 +164,19 @@ def test_prompt_logprobs_equal_transformers_over_chunks(engine, path, reference_
         )
 
 
+def test_prompts_are_fed_forward_to_the_end_only_where_somebody_reads(path):
+    engine = Engine(str(path), dtype="float32", max_model_len=128, max_num_batched_tokens=64, enforce_eager=True)
+    fed = []
+    last = engine._core.runner.model.layers[-1].get_submodule("mlp")
+    last.register_forward_pre_hook(lambda _, arguments: fed.append(len(arguments[0])))
+    first, second = list(range(5, 105)), list(range(205, 235))
+    engine.generate([first, second], greedy(max_tokens=1))
+    assert fed == [1, 1, 1]  # of 64 tokens, of 36 that end the first prompt and 28 of the second, and of its last 2
+    fed.clear()
+    engine.generate([[7, *first]], greedy(max_tokens=1, prompt_logprobs=1))
+    assert sum(fed) == 101
+
+
 def test_prompt_logprobs_are_told_once_for_n_sequences(engine):
     params = SamplingParams(n=3, seed=2, max_tokens=4, ignore_eos=True, prompt_logprobs=1)
     result = engine.generate([4, 5, 6, 7, 8], params)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -117,3 +118,46 @@ def test_a_decode_step_reads_no_value_on_the_host(architecture: str, make_checkp
 def test_the_plain_experts_do_read_on_the_host(make_checkpoint: Callable[..., Path]) -> None:
     with pytest.raises((RuntimeError, NotImplementedError)):
         decode_once(build(make_checkpoint("Qwen3MoeForCausalLM")))
+
+
+def chunks_beside_decoding() -> ForwardContext:
+    """A request that decodes behind 5 tokens, and chunks of 4 and 3 tokens of which the second has 2 before it."""
+    return ForwardContext(
+        positions=torch.tensor([5, 0, 1, 2, 3, 2, 3, 4]),
+        slots=torch.tensor([16 + 5, 32, 33, 34, 35, 48 + 2, 48 + 3, 48 + 4]),
+        block_table=torch.tensor([[1], [2], [3]], dtype=torch.int32),
+        context_lens=torch.tensor([6, 4, 5], dtype=torch.int32),
+        num_decode=1,
+        prefill_query_lens=(4, 3),
+        prefill_context_lens=(4, 5),
+    )
+
+
+@EVERY_DECODER
+@pytest.mark.parametrize("wanted", [[0, 4, 7], [2], list(range(8))], ids=str)
+def test_the_last_layer_feeds_forward_only_the_tokens_that_are_wanted(
+    architecture: str, wanted: list[int], make_checkpoint: Callable[..., Path]
+) -> None:
+    model = build(make_checkpoint(architecture), device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.normal_(generator=generator).div_(parameter.shape[-1] ** 0.5)
+    spec = kv_cache_spec(model.config, ParallelLayout(), "float32")
+    stored = allocate_kv_tensors(spec, 5, 16, torch.device("cpu"))
+    for part in itertools.chain.from_iterable(stored):
+        part.normal_(generator=generator)
+    caches = [tuple(part.clone() for part in cache) for cache in stored]
+    input_ids, context = torch.randint(5, 100, (8,), generator=generator), chunks_beside_decoding()
+    fed: list[int] = []
+    for layer in model.layers:
+        mlp = layer.get_submodule("mlp")
+        mlp.register_forward_pre_hook(lambda _, arguments: fed.append(len(arguments[0])))
+    with torch.inference_mode():
+        every = model(input_ids, context, stored)
+        some = model(input_ids, chunks_beside_decoding(), caches, torch.tensor(wanted))
+    layers = len(model.layers)
+    assert fed == [8] * layers + [8] * (layers - 1) + [len(wanted)]
+    torch.testing.assert_close(some, every[wanted])
+    for one, other in zip(stored, caches, strict=True):
+        for part, same in zip(one, other, strict=True):
+            assert torch.equal(part, same)
