@@ -24,7 +24,13 @@ class Decoder(Protocol):
 
     ops: BoundOps  # what its layers call through
 
-    def forward(self, input_ids: Tensor, context: ForwardContext, caches: list[tuple[Tensor, ...]]) -> Tensor: ...
+    def forward(
+        self,
+        input_ids: Tensor,
+        context: ForwardContext,
+        caches: list[tuple[Tensor, ...]],
+        wanted: Tensor | None = None,
+    ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
