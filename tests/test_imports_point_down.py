@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "kvcache": (),
     "ops": (),
 }
-DEVICE_MODULES_OF_KVCACHE = ("kvcache.tensors", "kvcache.transfer")  # these may import ops
+DEVICE_MODULES_OF_KVCACHE = ("kvcache.pages", "kvcache.tensors", "kvcache.transfer")  # these may import torch and ops
 FROM_THE_ROOT = "__version__"  # every other name there is resolved lazily and would hide the arrow
 BRINGS_TORCH = ("torch", "torch_npu", "transformers", "safetensors.torch")
 TORCH_FREE_FOLDERS = ("server", "scheduler", "kvcache")
