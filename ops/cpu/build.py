@@ -39,11 +39,16 @@ PORTABLE = "portable"  # 16-byte vectors: NEON on arm64, SSE2 on x86-64; any oth
 # Instruction sets in order of preference, with the features of an x86-64 CPU that each needs.
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", *_AVX2)
-FEATURES = {"avx512_bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2}
-FORM_FLAGS = {
-    PORTABLE: (),
-    **{form: tuple(f"-m{feature.replace('_', '')}" for feature in needed) for form, needed in FEATURES.items()},
-}
+_AVX512_BF16 = (*_AVX512, "avx512_bf16")
+_AMX = ("amx_tile", "amx_bf16")
+FEATURES = {"amx": (*_AVX512_BF16, *_AMX), "avx512_bf16": _AVX512_BF16, "avx512": _AVX512, "avx2": _AVX2}
+
+
+def _flag(feature: str) -> str:
+    return f"-m{feature.replace('_', '-' if feature in _AMX else '')}"
+
+
+FORM_FLAGS = {PORTABLE: (), **{form: tuple(map(_flag, needed)) for form, needed in FEATURES.items()}}
 
 
 class KernelsUnavailable(Exception):
@@ -131,7 +136,19 @@ def chosen_form() -> str:
 def possible_forms() -> list[str]:
     """The instruction sets that this CPU can run, best first."""
     features = cpu_features()
+    if features.issuperset(_AMX) and not may_use_tiles():
+        features = features.difference(_AMX)
     return [*(form for form, needed in FEATURES.items() if features.issuperset(needed)), PORTABLE]
+
+
+@functools.cache
+def may_use_tiles() -> bool:
+    """Asks Linux for the registers of the matrix unit, which are large and given to a process on request only."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    try:
+        return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    except (OSError, AttributeError):
+        return False
 
 
 def cpu_features() -> frozenset[str]:

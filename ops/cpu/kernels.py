@@ -90,7 +90,7 @@ def causal_attention(
 ) -> Tensor:
     """As `ops.attention.causal_attention`. Sparse selections go to the library, and bfloat16 where it has
     instructions for it."""
-    if selected is not None or (_FORM == "avx512_bf16" and query.dtype == torch.bfloat16):
+    if selected is not None or (_FORM in ("amx", "avx512_bf16") and query.dtype == torch.bfloat16):
         return attention.causal_attention(query, key, value, scale, window, selected)
     return _ops.causal_attention(query, key, value, scale, -1 if window is None else window)
 

@@ -1,5 +1,5 @@
-// The AVX-512 instructions that the kernels name, written out for a CPU with AVX2, so that their form runs anywhere.
-// Included before everything else; the vectors themselves are split by the compiler.
+// The AVX-512 and AMX instructions that the kernels name, written out for a CPU with AVX2, so that their form runs
+// anywhere. Included before everything else; the vectors themselves are split by the compiler.
 #pragma once
 
 #include <immintrin.h>
@@ -72,8 +72,63 @@ inline Floats16 widen(__m256i halves) {
   return result;
 }
 
+#if defined(__AMX_BF16__)
+// What the matrix unit holds, for tiles of whole size only.
+struct Tiles {
+  bool ready = false;
+  alignas(64) float sums[8][16][16];
+};
+inline thread_local Tiles unit;
+
+inline void configure(const void* shapes) {
+  const auto* bytes = static_cast<const uint8_t*>(shapes);
+  unit.ready = !unit.ready && bytes[0] == 1;
+  for (int tile = 0; tile < 8; ++tile)
+    unit.ready = unit.ready && bytes[16 + 2 * tile] == 64 && bytes[17 + 2 * tile] == 0 && bytes[48 + tile] == 16;
+}
+
+template <class Row>
+inline void for_each_tile_row(const Row& row) {
+  if (!unit.ready) __builtin_trap();
+  for (int index = 0; index < 16; ++index) row(index);
+}
+
+inline void load_tile(int tile, const void* from, int64_t stride) {
+  for_each_tile_row([&](int row) {
+    std::memcpy(unit.sums[tile][row], static_cast<const char*>(from) + row * stride, 64);
+  });
+}
+
+inline void store_tile(int tile, void* to, int64_t stride) {
+  for_each_tile_row([&](int row) { std::memcpy(static_cast<char*>(to) + row * stride, unit.sums[tile][row], 64); });
+}
+
+inline void multiply_tiles(int to, int a, int b) {
+  for_each_tile_row([&](int row) {
+    float even[16] = {}, odd[16] = {};
+    for (int pair = 0; pair < 16; ++pair) {
+      const uint32_t left = as<uint32_t>(unit.sums[a][row][pair]);
+      for (int column = 0; column < 16; ++column) {
+        const uint32_t right = as<uint32_t>(unit.sums[b][pair][column]);
+        even[column] += as<float>(left << 16) * as<float>(right << 16);
+        odd[column] += as<float>(left & 0xffff0000u) * as<float>(right & 0xffff0000u);
+      }
+    }
+    for (int column = 0; column < 16; ++column) unit.sums[to][row][column] += even[column] + odd[column];
+  });
+}
+#endif
+
 }  // namespace emulated
 
+#if defined(__AMX_BF16__)
+#define _tile_loadconfig(shapes) emulated::configure(shapes)
+#define _tile_release() (emulated::unit.ready = false)
+#define _tile_zero(tile) std::memset(emulated::unit.sums[tile], 0, 1024)
+#define _tile_loadd(tile, from, stride) emulated::load_tile(tile, from, stride)
+#define _tile_stored(tile, to, stride) emulated::store_tile(tile, to, stride)
+#define _tile_dpbf16ps(to, a, b) emulated::multiply_tiles(to, a, b)
+#endif
 #define __m512 emulated::Floats16
 #define __m512d emulated::Doubles8
 #define __m512i emulated::Words16

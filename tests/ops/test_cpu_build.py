@@ -302,6 +302,9 @@ def test_forms_compile_where_they_cannot_run(form: str, unit: str, tmp_path: Pat
     build.run_compiler([*command, "-o", str(tmp_path / "unit.o")], tmp_path)
 
 
+EMULATED = (*build.FORM_FLAGS["avx2"], "-Wno-psabi", "-include", str(Path(__file__).with_name("avx512_emulated.h")))
+
+
 @needs_compiler
 @pytest.mark.full
 @pytest.mark.parametrize(
@@ -309,11 +312,8 @@ def test_forms_compile_where_they_cannot_run(form: str, unit: str, tmp_path: Pat
     [
         ("portable", ()),
         pytest.param("avx2", build.FORM_FLAGS["avx2"], marks=needs_avx2),
-        pytest.param(
-            "avx512_bf16",
-            (*build.FORM_FLAGS["avx2"], "-Wno-psabi", "-include", str(Path(__file__).with_name("avx512_emulated.h"))),
-            marks=needs_avx2,
-        ),
+        pytest.param("avx512_bf16", EMULATED, marks=needs_avx2),
+        pytest.param("amx", (*EMULATED, "-D__AMX_BF16__=1"), marks=needs_avx2),
     ],
 )
 def test_every_form_equals_the_plain_bodies(form: str, flags: tuple[str, ...], tmp_path: Path) -> None:

@@ -5,10 +5,9 @@
 // ids whatever the number of threads. Roundings to the element type stand where the plain body has them.
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
-#include "tiles.h"
+#include "product.h"
 
 namespace omni {
 namespace {
@@ -16,17 +15,22 @@ namespace {
 constexpr int64_t kLeastInnerPerTask = 32;
 constexpr int64_t kMostPerTask = 128;   // inner features, or output features
 constexpr int64_t kTasksPerThread = 4;  // or fewer: long streams of weights are faster than short ones
+constexpr int64_t kRowsPerPiece = 16;   // that one task stages
 constexpr int64_t kStagedRows = 1024;   // (token, choice) pairs that are staged at a time, or one expert's
 
-struct Chosen {  // an expert that some token chose, and where its rows lie among all (token, choice) pairs
-  int64_t expert, begin, end;
+// Tasks take whole tiles.
+template <class T>
+constexpr int64_t kLeastShare = kByMatrixUnit<T> ? kLeastInnerPerTask : kTileRows;
+
+struct Chosen {  // an expert that some token chose, where its rows lie among all (token, choice) pairs, and staged
+  int64_t expert, begin, end, column;
 };
 
+// silu(gate), rounded, * up, rounded, of sums that are rounded first.
 template <class T>
-T swiglu(float gate, float up) {
-  gate = to_float(narrow<T>(gate));
-  const float silu = to_float(narrow<T>(gate / (1.0f + std::exp(-gate))));
-  return narrow<T>(silu * to_float(narrow<T>(up)));
+OMNI_INLINE Floats swiglu(Floats gate, Floats up) {
+  gate = rounded<T>(gate);
+  return rounded<T>(rounded<T>(gate / (exponential(-gate) + 1.0f)) * rounded<T>(up));
 }
 
 // Adds what some neighbouring experts give to sums [tokens, dim].
@@ -35,23 +39,39 @@ void add_experts(const RoutedExperts& problem, const Chosen* chosen, int64_t exp
                  float* sums) {
   static thread_local Scratch hidden_scratch, inner_scratch;
   const int64_t choices = problem.experts_per_token, dim = problem.dim, inner = problem.inner;
-  const int64_t first = chosen[0].begin, rows = chosen[experts - 1].end - first;
+  const auto column_of = [&](const Chosen& one) { return one.column - chosen[0].column; };
+  const Chosen& last = chosen[experts - 1];
+  const int64_t columns = column_of(last) + Columns<T>::room(last.end - last.begin);
 
   // staged row by row in the order of experts, so that an expert's rows are one matrix
   const int64_t hidden_stride = staged_size<T>(dim), inner_stride = staged_size<T>(inner);
-  auto* hidden = hidden_scratch.reserve<Staged<T>>(rows * hidden_stride);
-  auto* middle = inner_scratch.reserve<Staged<T>>(rows * inner_stride);
+  auto* hidden = hidden_scratch.reserve<Staged<T>>(columns * hidden_stride);
+  auto* middle = inner_scratch.reserve<Staged<T>>(columns * inner_stride);
   const auto* from = static_cast<const T*>(problem.hidden);
-  constexpr int64_t kRowsPerTask = 16;
-  for_each_task((rows + kRowsPerTask - 1) / kRowsPerTask, [&](int64_t task) {
-    for (int64_t row = task * kRowsPerTask; row < std::min(rows, (task + 1) * kRowsPerTask); ++row) {
-      stage<T>(from + order[first + row] / choices * problem.hidden_stride, dim, hidden + row * hidden_stride);
-      Staged<T>* end = middle + (row + 1) * inner_stride;
-      std::fill(end - Staging<T>::kStep, end, Staged<T>{});  // the tail behind `inner`
+  struct Piece {
+    int64_t pair, count, column;
+  };
+  constexpr int64_t kTogether = Columns<T>::kTogether;
+  static thread_local std::vector<Piece> piece_list;
+  piece_list.clear();
+  for (int64_t index = 0; index < experts; ++index)
+    for (int64_t pair = chosen[index].begin; pair < chosen[index].end; pair += kRowsPerPiece)
+      piece_list.push_back({pair, std::min(kRowsPerPiece, chosen[index].end - pair),
+                            column_of(chosen[index]) + pair - chosen[index].begin});
+  const Piece* pieces = piece_list.data();
+  for_each_task(int64_t(piece_list.size()), [&](int64_t task) {
+    const Piece& piece = pieces[task];
+    for (int64_t done = 0; done < piece.count; done += kTogether) {
+      const int64_t pair = piece.pair + done, column = piece.column + done;
+      Columns<T>::stage_group(
+          [&](int64_t each) OMNI_LAMBDA { return from + order[pair + each] / choices * problem.hidden_stride; },
+          std::min(kTogether, piece.count - done), dim, hidden + column * hidden_stride);
+      Staged<T>* end = middle + (column + kTogether) * inner_stride;
+      std::fill(end - kTogether * Staging<T>::kStep, end, Staged<T>{});  // the tail behind `inner`
     }
   });
 
-  const int64_t inner_share = experts * inner / (thread_count() * kTasksPerThread) / kTileRows * kTileRows;
+  const int64_t inner_share = experts * inner / (thread_count() * kTasksPerThread) / kLeastShare<T> * kLeastShare<T>;
   const int64_t inner_per_task = std::clamp<int64_t>(inner_share, kLeastInnerPerTask, kMostPerTask);
   const int64_t parts = (inner + inner_per_task - 1) / inner_per_task;
   for_each_task(experts * parts, [&](int64_t task) {
@@ -62,27 +82,33 @@ void add_experts(const RoutedExperts& problem, const Chosen* chosen, int64_t exp
     const T* up = gate + inner * problem.gate_up_stride;
     constexpr int64_t kStride = kMostPerTask + kSpare;
     float gates[kColumnsAtOnce * kStride], ups[kColumnsAtOnce * kStride];
-    for (int64_t row = one.begin - first; row < one.end - first; row += kColumnsAtOnce) {
-      const int64_t count = std::min(kColumnsAtOnce, one.end - first - row);
-      const Staged<T>* x = hidden + row * hidden_stride;
+    for (int64_t row = 0; row < one.end - one.begin; row += kColumnsAtOnce) {
+      const int64_t count = std::min(kColumnsAtOnce, one.end - one.begin - row);
+      const int64_t staged = column_of(one) + row;
+      const Staged<T>* x = hidden + staged * hidden_stride;
       dot_matrix<T>(gate, problem.gate_up_stride, width, x, hidden_stride, count, dim, gates, kStride, 0);
       dot_matrix<T>(up, problem.gate_up_stride, width, x, hidden_stride, count, dim, ups, kStride, 0);
       for (int64_t column = 0; column < count; ++column) {
-        Staged<T>* to = middle + (row + column) * inner_stride;
-        for (int64_t n = 0; n < width; ++n) {
-          const T value = swiglu<T>(gates[column * kStride + n], ups[column * kStride + n]);
+        const auto put = [&](int64_t n, float value) OMNI_LAMBDA {
+          Staged<T>& to = middle[Columns<T>::position(staged + column, begin + n, inner_stride)];
           if constexpr (std::is_same_v<Staged<T>, T>) {
-            to[begin + n] = value;
+            to = narrow<T>(value);
           } else {
-            to[Staging<T>::position(begin + n)] = to_float(value);
+            to = value;
           }
+        };
+        for (int64_t n = 0; n < width; n += kLanes) {  // behind `width` stands what nobody reads
+          float values[kLanes];
+          const int64_t at = column * kStride + n;
+          store(values, swiglu<T>(load<Floats>(gates + at), load<Floats>(ups + at)));
+          for (int64_t each = 0; each < std::min<int64_t>(kLanes, width - n); ++each) put(n + each, values[each]);
         }
       }
     }
   });
 
-  const int64_t share = dim / (thread_count() * kTasksPerThread) / kTileRows * kTileRows;
-  const int64_t dims_per_task = std::clamp<int64_t>(share, kTileRows, kMostPerTask);
+  const int64_t share = dim / (thread_count() * kTasksPerThread) / kLeastShare<T> * kLeastShare<T>;
+  const int64_t dims_per_task = std::clamp<int64_t>(share, kLeastShare<T>, kMostPerTask);
   for_each_task((dim + dims_per_task - 1) / dims_per_task, [&](int64_t task) {
     const int64_t begin = task * dims_per_task, width = std::min(dims_per_task, dim - begin);
     constexpr int64_t kStride = kMostPerTask + kSpare;
@@ -91,12 +117,12 @@ void add_experts(const RoutedExperts& problem, const Chosen* chosen, int64_t exp
       const Chosen& one = chosen[index];
       const T* down = static_cast<const T*>(problem.down) + one.expert * problem.down_expert_stride +
                       begin * problem.down_stride;
-      for (int64_t row = one.begin - first; row < one.end - first; row += kColumnsAtOnce) {
-        const int64_t count = std::min(kColumnsAtOnce, one.end - first - row);
-        dot_matrix<T>(down, problem.down_stride, width, middle + row * inner_stride, inner_stride, count, inner,
-                      results, kStride, 0);
+      for (int64_t row = 0; row < one.end - one.begin; row += kColumnsAtOnce) {
+        const int64_t count = std::min(kColumnsAtOnce, one.end - one.begin - row);
+        dot_matrix<T>(down, problem.down_stride, width, middle + (column_of(one) + row) * inner_stride, inner_stride,
+                      count, inner, results, kStride, 0);
         for (int64_t column = 0; column < count; ++column) {
-          const int64_t pair = order[first + row + column];
+          const int64_t pair = order[one.begin + row + column];
           const float weight = problem.weights[pair];
           float* to = sums + pair / choices * dim + begin;
           for (int64_t n = 0; n < width; ++n) to[n] += to_float(narrow<T>(results[column * kStride + n])) * weight;
@@ -114,9 +140,10 @@ void experts_of(const RoutedExperts& problem) {
   std::vector<int64_t> starts(problem.experts + 1);
   for (int64_t pair = 0; pair < pairs; ++pair) ++starts[problem.expert_ids[pair] + 1];
   std::vector<Chosen> chosen;
-  for (int64_t expert = 0; expert < problem.experts; ++expert) {
+  for (int64_t expert = 0, column = 0; expert < problem.experts; ++expert) {
     const int64_t begin = starts[expert], end = begin + starts[expert + 1];
-    if (end > begin) chosen.push_back({expert, begin, end});
+    if (end > begin) chosen.push_back({expert, begin, end, column});
+    column += Columns<T>::room(end - begin);
     starts[expert + 1] = end;
   }
   std::vector<int64_t> order(pairs);  // pairs by expert, then by token

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "tiles.h"
+#include "product.h"
 
 namespace omni {
 namespace {
@@ -62,8 +62,96 @@ void multiply(const Linear& problem, const Staged<T>* x, int64_t x_stride, int64
   });
 }
 
+#if defined(__AMX_BF16__)
+constexpr int64_t kUnitBlock = 2 * kUnitRows;    // output features
+constexpr int64_t kUnitChunkBytes = 768 << 10;   // of staged x that one task meets: less than the second-level cache
+constexpr int64_t kOwnChunkRows = 128;           // of x, from which on each thread stages what it multiplies
+
+// Products by the matrix unit. What comes out of it is rounded at once.
+struct UnitLinear {
+  const Linear& problem;
+  int64_t stride = staged_size<BFloat16>(problem.inputs);  // of staged columns
+
+  void run() const {
+    const int64_t threads = thread_count();
+    const int64_t fitting = kUnitChunkBytes / (stride * int64_t(sizeof(BFloat16)));
+    const int64_t share = (problem.rows + threads - 1) / threads;
+    const auto chunk_of = [&](int64_t most) {
+      return (std::clamp<int64_t>(most, 1, kUnitColumns) + kUnitBlock - 1) / kUnitBlock * kUnitBlock;
+    };
+    share >= kOwnChunkRows ? by_rows(chunk_of(std::min(fitting, share))) : by_features(chunk_of(fitting));
+  }
+
+  // What another thread has staged must be fetched from its cache, so with many rows each thread takes all features of
+  // its own.
+  void by_rows(int64_t chunk) const {
+    for_each_task((problem.rows + chunk - 1) / chunk, [&](int64_t task) {
+      static thread_local Scratch scratch;
+      const int64_t first = task * chunk, count = std::min(chunk, problem.rows - first);
+      auto* staged = scratch.reserve<BFloat16>(Columns<BFloat16>::room(count) * stride);
+      for (int64_t row = 0; row < count; row += kUnitRows) stage_rows(first + row, count - row, staged + row * stride);
+      multiply(staged, first, count, 0, problem.outputs, 0);
+    });
+  }
+
+  void by_features(int64_t chunk) const {
+    static thread_local Scratch scratch;
+    const int64_t rows = problem.rows, groups = (rows + kUnitRows - 1) / kUnitRows;
+    auto* staged = scratch.reserve<BFloat16>(groups * kUnitRows * stride);
+    const auto stage_group = [&](int64_t group) {
+      const int64_t row = group * kUnitRows;
+      stage_rows(row, rows - row, staged + row * stride);
+    };
+    if (groups == 1) {
+      stage_group(0);
+    } else {
+      for_each_task(groups, stage_group);
+    }
+    const int64_t blocks = (problem.outputs + kUnitBlock - 1) / kUnitBlock;
+    const int64_t tasks = thread_count() * (rows < kManyRows ? kTasksPerThread : kTasksOfManyPerThread);
+    const int64_t features = std::clamp<int64_t>(blocks / tasks, 1, kMostBlocks) * kUnitBlock;
+    const int64_t parts = (problem.outputs + features - 1) / features, between_tasks = features * thread_count();
+    for_each_task((rows + chunk - 1) / chunk * parts, [&](int64_t task) {
+      const int64_t begin = task % parts * features, end = std::min(begin + features, problem.outputs);
+      const int64_t first = task / parts * chunk;
+      multiply(staged + first * stride, first, std::min(chunk, rows - first), begin, end,
+               begin + between_tasks < problem.outputs ? between_tasks : 0);
+    });
+  }
+
+  // At most 16 of `left` rows of x.
+  void stage_rows(int64_t first, int64_t left, BFloat16* to) const {
+    const auto* x = static_cast<const BFloat16*>(problem.x) + first * problem.x_stride;
+    Columns<BFloat16>::stage_group([&](int64_t row) OMNI_LAMBDA { return x + row * problem.x_stride; },
+                                   std::min(left, kUnitRows), problem.inputs, to);
+  }
+
+  // `count` rows of x with the output features [begin, end); `next`: see dot_matrix.
+  void multiply(const BFloat16* staged, int64_t first, int64_t count, int64_t begin, int64_t end, int64_t next) const {
+    const MatrixUnit unit;
+    const auto* weight = static_cast<const BFloat16*>(problem.weight) + begin * problem.weight_stride;
+    const auto* bias = problem.bias ? static_cast<const BFloat16*>(problem.bias) + begin : nullptr;
+    auto* output = static_cast<BFloat16*>(problem.output) + first * problem.output_stride + begin;
+    unit_product(weight, problem.weight_stride, end - begin, staged, stride, count, problem.inputs, next,
+                 [&](int64_t row, int64_t feature, Floats sums, int64_t height) OMNI_LAMBDA {
+                   BFloat16* to = output + row * problem.output_stride + feature;
+                   if (height == kLanes) {
+                     if (bias) sums += widen(bias + feature);
+                     store_unit(to, sums);
+                   } else {
+                     for (int64_t each = 0; each < height; ++each)
+                       to[each] = narrow<BFloat16>(sums[each] + (bias ? to_float(bias[feature + each]) : 0.0f));
+                   }
+                 });
+  }
+};
+#endif
+
 template <class T>
 void linear_of(const Linear& problem) {
+#if defined(__AMX_BF16__)
+  if constexpr (kByMatrixUnit<T>) return UnitLinear{problem}.run();
+#endif
   const auto* x = static_cast<const T*>(problem.x);
   if constexpr (Staging<T>::kSame) {
     if (problem.inputs % Staging<T>::kStep == 0)
@@ -117,9 +205,12 @@ void head_linear_of(const HeadLinear& problem) {
       weighted_sums<T>(pointers, inputs, width, scales, inputs, rows, sums, sums_stride);
     } else {
       const int64_t stride = staged_size<T>(inputs);
-      Staged<T>* staged = x_scratch.reserve<Staged<T>>(rows * stride);
-      for (int64_t row = 0; row < rows; ++row)
-        stage<T>(head_x + row * problem.x_row_stride, inputs, staged + row * stride);
+      constexpr int64_t kTogether = Columns<T>::kTogether;
+      Staged<T>* staged = x_scratch.reserve<Staged<T>>(Columns<T>::room(rows) * stride);
+      for (int64_t row = 0; row < rows; row += kTogether) {
+        const auto row_at = [&](int64_t m) OMNI_LAMBDA { return head_x + (row + m) * problem.x_row_stride; };
+        Columns<T>::stage_group(row_at, std::min(kTogether, rows - row), inputs, staged + row * stride);
+      }
       for (int64_t row = 0; row < rows; row += kColumnsAtOnce)
         dot_matrix<T>(head_weight + begin * problem.weight_stride, problem.weight_stride, width, staged + row * stride,
                       stride, std::min(kColumnsAtOnce, rows - row), inputs, sums + row * sums_stride, sums_stride, 0);
@@ -138,7 +229,7 @@ void linear(const Linear& problem) {
 }
 
 int64_t most_rows(Element element) {
-  if (element == Element::kBFloat16 && kHasBFloat16Dot) return 64;
+  if (element == Element::kBFloat16 && kHasBFloat16Dot && !kByMatrixUnit<BFloat16>) return 64;
   return element == Element::kFloat32 ? 64 : std::numeric_limits<int64_t>::max();
 }
 

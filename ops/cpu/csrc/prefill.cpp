@@ -22,18 +22,6 @@ constexpr float kLowest = -std::numeric_limits<float>::max();
 
 constexpr int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
-// kLanes vectors as a square whose rows become its columns: each pass interleaves the two halves.
-OMNI_INLINE void transpose(Floats (&square)[kLanes]) {
-  for (int pass = 1; pass < kLanes; pass *= 2) {
-    Floats next[kLanes];
-    OMNI_UNROLL
-    for (int row = 0; row < kLanes / 2; ++row)
-      interleave(square[row], square[row + kLanes / 2], next[2 * row], next[2 * row + 1]);
-    OMNI_UNROLL
-    for (int row = 0; row < kLanes; ++row) square[row] = next[row];
-  }
-}
-
 // to[index * kKeys + key] = rows[key][index]; zeros stand for keys behind `count`.
 template <class T>
 void turn_around(const T* rows, int64_t row_stride, int64_t count, int64_t dim, float* to) {

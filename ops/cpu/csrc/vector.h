@@ -256,6 +256,18 @@ OMNI_INLINE void interleave(Floats a, Floats b, Floats& lower, Floats& upper) {
   interleave_lanes(a, b, lower, upper, std::make_integer_sequence<int, kLanes>{});
 }
 
+// kLanes vectors as a square whose rows become its columns: each pass interleaves the two halves.
+OMNI_INLINE void transpose(Floats (&square)[kLanes]) {
+  for (int pass = 1; pass < kLanes; pass *= 2) {
+    Floats next[kLanes];
+    OMNI_UNROLL
+    for (int row = 0; row < kLanes / 2; ++row)
+      interleave(square[row], square[row + kLanes / 2], next[2 * row], next[2 * row + 1]);
+    OMNI_UNROLL
+    for (int row = 0; row < kLanes; ++row) square[row] = next[row];
+  }
+}
+
 OMNI_INLINE float largest_of(Floats vector) {
   float result = vector[0];
   OMNI_UNROLL
