@@ -75,7 +75,7 @@ class EngineArgs:
     hf_overrides: dict[str, Any] = _arg({}, "JSON merged into config.json", json=True)
     gpu_memory_utilization: float = _arg(0.92, "share of the device's memory that may be used (accelerators)")
     kv_cache_memory_bytes: int | None = _arg(
-        None, "size of the KV cache in bytes (default: from free memory)", size=True
+        None, "bytes of the KV cache; on a CPU all is brought in beforehand (default: from free memory)", size=True
     )
     num_gpu_blocks_override: int | None = _arg(None, "number of KV blocks, whatever the memory")
     block_size: int | None = _arg(None, "tokens per KV block (default 16, on an NPU 128)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -26,6 +28,8 @@ from .profiling import StepProfiler, choose_profiler
 from .startup import load_core_parts
 from .structured.store import GrammarStore
 
+logger = logging.getLogger(__name__)
+
 # With nothing to compute, as long as this for a grammar; then whoever drives the core may have news.
 GRAMMAR_WAIT_SECONDS = 0.02
 
@@ -49,6 +53,7 @@ class EngineCore:
         *,
         overlap: bool = False,
         grammars: GrammarStore | None = None,
+        uses_whole_cache: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.runner: Any = runner
@@ -59,6 +64,7 @@ class EngineCore:
         self._in_flight: deque[tuple[StepPlan, Callable[[], StepOutput]]] = deque()
         self._profiler: StepProfiler | None = None
         self._pages = CachePages(runner.caches)
+        self._uses_whole_cache = uses_whole_cache  # who says how large it is means to use it
         self._thread: ThreadPoolExecutor | None = None
         self._reports: list[StepReport] | None = None  # of the steps read since the last load, if somebody looks
         if overlap and runner.device.type == "cpu":
@@ -77,7 +83,14 @@ class EngineCore:
             parts = load_pooling_parts(config, timer)
         block_size = parts.scheduler.kv.block_size
         info = CoreInfo(parts.max_model_len, parts.num_blocks, block_size, gears=parts.gears)
-        core = cls(parts.scheduler, parts.runner, info, overlap=config.args.async_scheduling, grammars=parts.grammars)
+        core = cls(
+            parts.scheduler,
+            parts.runner,
+            info,
+            overlap=config.args.async_scheduling,
+            grammars=parts.grammars,
+            uses_whole_cache=config.args.kv_cache_memory_bytes is not None,
+        )
         if config.args.profiler_config is not None:
             core._profiler = StepProfiler(choose_profiler(config.args.profiler_config))
         return core
@@ -151,11 +164,20 @@ class EngineCore:
     def prepare(self) -> bool:
         """With nothing to compute: a piece of what speeds up the next steps, some milliseconds; whether there was one.
 
-        Brings in the memory of the blocks that the next step may be given.
+        Brings in the memory of the blocks that the next step may be given, or of all where the cache's size was given.
         """
         kv = self.scheduler.kv
+        if self._uses_whole_cache:
+            return self._pages.bring(kv.pool.num_blocks)
         ahead = -(-self.scheduler.config.max_num_batched_tokens // kv.block_size)
         return self._pages.bring(min(kv.pool.highest_given + 1 + ahead, kv.pool.num_blocks))
+
+    def bring_memory(self) -> None:
+        """Bring in all of a cache whose size was given, before the first step: for processes that never wait idly."""
+        if self._uses_whole_cache and self.runner.device.type == "cpu":
+            start = time.monotonic()
+            self._pages.bring_all()
+            logger.info("memory of the KV cache brought in, in %.1f s", time.monotonic() - start)
 
     def close(self) -> None:
         """Wait for the steps in flight and stop everything in the background. Nothing may be called afterwards."""

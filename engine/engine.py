@@ -54,6 +54,7 @@ class Engine:
         # Dropped or left to the interpreter's end, it must not leave a compiling process or its files behind.
         weakref.finalize(self, self._core.close)
         weakref.finalize(self, self._front.close)
+        self._core.bring_memory()
         self._inputs = self._front.input_processor(self._core.info.max_model_len)
         self._dead: EngineDeadError | None = None
         self._num_prompts = 0  # of generate and stream; their request ids count on from here

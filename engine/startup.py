@@ -21,6 +21,7 @@ from ..kvcache.manager import KVCacheManager
 from ..kvcache.spec import KVCacheSpec
 from ..kvcache.tensors import allocate_kv_tensors
 from ..ops.cpu.huge_pages import ask_for_huge_pages
+from ..ops.cpu.malloc import keep_freed_memory
 from ..ops.npu import library
 from ..scheduler.draft_depth import DraftDepth
 from ..scheduler.scheduler import Scheduler, SchedulerConfig
@@ -64,6 +65,7 @@ def load_core_parts(
     spec = cache_spec(config)
     if device.type == "cpu":
         ask_for_huge_pages()
+        keep_freed_memory()
     max_num_seqs = config.max_num_seqs(device.type)
     weight_bytes = sum(tensor.nbytes for tensor in build_models(config, torch.device("meta")).tensors())
     workspace = workspace_bytes(config, max_num_seqs)

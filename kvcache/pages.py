@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
 MADV_POPULATE_WRITE = 23  # madvise(2), Linux 5.14: pages are brought in as if written, and keep what they hold
+LARGE_PIECE_BYTES = 32 << 20
 PIECE_BYTES = 1 << 20  # some milliseconds in a guest whose host must find the memory too
 
 
@@ -47,6 +50,20 @@ class CachePages:
                 return True
         self._num_blocks = num_blocks
         return False
+
+    def bring_all(self) -> None:
+        """Bring in the pages of all blocks at once, on all processors."""
+        if not self._parts:
+            return
+        pieces = [
+            (part.data_ptr() + at, min(LARGE_PIECE_BYTES, part.nbytes - at))
+            for part in self._parts
+            for at in range(0, part.nbytes, LARGE_PIECE_BYTES)
+        ]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="cache pages") as pool:
+            if not all(pool.map(lambda piece: _populate(*piece), pieces)):
+                self._parts = []
+        self._brought = [part.nbytes for part in self._parts]
 
 
 def _populate(address: int, size: int) -> bool:

@@ -19,6 +19,7 @@ from ...models.parallel import ParallelLayout
 from ...models.pooling import DenseWeights, PoolingModel
 from ...models.weights import load_weights
 from ...ops.cpu.huge_pages import ask_for_huge_pages
+from ...ops.cpu.malloc import keep_freed_memory
 from ...ops.table import OpTable, cuda_table
 from ...scheduler.scheduler import Scheduler
 from ..config import EngineConfig
@@ -45,6 +46,7 @@ def load_pooling_parts(config: EngineConfig, timer: PhaseTimer) -> CoreParts:
         raise ValueError(f"pooling does not run on an NPU yet; use --device cpu: {device}")
     if device.type == "cpu":
         ask_for_huge_pages()
+        keep_freed_memory()
     max_num_seqs = config.max_num_seqs(device.type)
     shell = build_pooling_model(config, torch.device("meta"))
     weight_bytes = sum(tensor.nbytes for tensor in (*shell.parameters(), *shell.buffers()))

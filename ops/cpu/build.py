@@ -175,7 +175,7 @@ def find_compiler() -> list[str]:
     if named:
         raise KernelsUnavailable(f"$CXX names no program; unset it or name a C++20 compiler: {named}")
     raise KernelsUnavailable(
-        "no C++ compiler to build the CPU kernels with; install g++ 10 or later (or name one in $CXX), "
+        "no C++ compiler to build the CPU kernels with; install g++ 11 or later (or name one in $CXX), "
         "or go on with the slower torch operators: looked for g++, c++, clang++"
     )
 
@@ -293,7 +293,7 @@ def run_compiler(command: list[str], scratch: Path, low_priority: bool = False) 
     if done.returncode:
         raise KernelsUnavailable(
             f"the CPU kernels do not compile with {command[0]}; name a newer compiler in $CXX "
-            f"(g++ 10 or clang++ 13 at least), or set {VARIABLE}=0: {done.stderr.strip()[-2000:]}"
+            f"(g++ 11 or clang++ 13 at least), or set {VARIABLE}=0: {done.stderr.strip()[-2000:]}"
         )
 
 

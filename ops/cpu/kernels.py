@@ -88,9 +88,10 @@ def causal_attention(
     window: int | None = None,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """As `ops.attention.causal_attention`. Sparse selections go to the library, and bfloat16 where it has
-    instructions for it."""
-    if selected is not None or (_FORM in ("amx", "avx512_bf16") and query.dtype == torch.bfloat16):
+    """As `ops.attention.causal_attention`. Sparse selections go to the library, and bfloat16 where that has the
+    instructions for it and we do not use the matrix unit; its fast path takes values of the size of keys only."""
+    library = _FORM == "avx512_bf16" and query.dtype == torch.bfloat16 and query.shape[2] == value.shape[2]
+    if selected is not None or library:
         return attention.causal_attention(query, key, value, scale, window, selected)
     return _ops.causal_attention(query, key, value, scale, -1 if window is None else window)
 

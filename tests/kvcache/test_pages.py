@@ -13,19 +13,23 @@ import torch
 
 from omni_engine.kvcache import pages
 from omni_engine.kvcache.pages import CachePages
-from omni_engine.kvcache.spec import KVCacheSpec, KVGroup, KVPart
-from omni_engine.kvcache.tensors import allocate_kv_tensors
 
-NUM_BLOCKS, BLOCK_SIZE = 5120, 16  # 40 MiB a tensor: what is larger than 32 glibc always asks the system for
+NUM_BLOCKS, BLOCK_SIZE = 5120, 16  # 40 MiB a tensor
 HUGE_PAGE_BYTES = 2 << 20  # the system may bring in as much at once
-SPEC = KVCacheSpec((KVGroup((0, 1), (KVPart("key", 4, 64), KVPart("value", 4, 64))),), "bfloat16")
+SHAPE = (NUM_BLOCKS, BLOCK_SIZE, 4, 64)
 BLOCK_BYTES = BLOCK_SIZE * 4 * 64 * 2
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which pages are in memory")
 
 
 def _caches() -> list[tuple[torch.Tensor, ...]]:
-    return allocate_kv_tensors(SPEC, NUM_BLOCKS, BLOCK_SIZE, torch.device("cpu"))
+    """Of memory fresh from the system; what malloc gives, somebody in this process may have used before."""
+
+    def fresh() -> torch.Tensor:
+        memory = mmap.mmap(-1, NUM_BLOCKS * BLOCK_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(memory, dtype=torch.bfloat16).view(SHAPE)
+
+    return [(fresh(), fresh()) for _ in range(2)]
 
 
 def _resident(part: torch.Tensor) -> list[bool]:
@@ -48,8 +52,6 @@ def supply_of() -> Callable[[list[tuple[torch.Tensor, ...]]], CachePages]:
 
 
 def test_the_pages_of_the_first_blocks_and_no_others(supply_of) -> None:
-    for _ in range(2):  # the second lies in the heap, and leaves memory there that smaller tensors would be given
-        torch.ones(30 << 20, dtype=torch.uint8)
     caches = _caches()
     parts = [part for cache in caches for part in cache]
     parts[0][3] = 7
@@ -73,6 +75,17 @@ def test_the_pages_of_the_first_blocks_and_no_others(supply_of) -> None:
     assert not any(part.any() for part in parts)
 
 
+def test_all_pages_at_once(supply_of) -> None:
+    caches = _caches()
+    parts = [part for cache in caches for part in cache]
+    parts[0][3] = 7
+    supply = supply_of(caches)
+    supply.bring_all()
+    assert all(all(_resident(part)) for part in parts)
+    assert (parts[0][3] == 7).all()
+    assert not supply.bring(NUM_BLOCKS)
+
+
 def test_a_system_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(pages, "MADV_POPULATE_WRITE", 12345)
@@ -81,7 +94,12 @@ def test_a_system_that_refuses_is_asked_once(monkeypatch: pytest.MonkeyPatch) ->
     supply = CachePages(_caches())
     assert not supply.bring(10) and not supply.bring(20)
     assert len(asked) == 1
+    supply = CachePages(_caches())
+    supply.bring_all()
+    assert not supply.bring(10)
 
 
 def test_a_model_without_a_cache() -> None:
-    assert not CachePages([]).bring(10)
+    supply = CachePages([])
+    supply.bring_all()
+    assert not supply.bring(10)

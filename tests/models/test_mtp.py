@@ -271,10 +271,11 @@ def test_drafts_of_three_depths_equal_the_references(name: str, case_of: Callabl
         ids = [text[depth:] for text in case.texts]
         ours = predicted(case.predictor, case.model.config, ours, ids)
         theirs = [case.reference(part[: len(of)], of) for part, of in zip(theirs, ids, strict=True)]
-        assert difference(ours, theirs) <= BOUND
+        bound = depth * BOUND  # each layer adds its rounding to that of the layers before
+        assert difference(ours, theirs) <= bound
         logits = [[case.predictor.logits(part) for part in parts] for parts in (ours, theirs)]
         assert torch.equal(logits[1][0], functional.linear(theirs[0], case.model.head.weight))
-        assert difference(*logits) <= BOUND
+        assert difference(*logits) <= bound
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -49,6 +49,31 @@ inline Words16 permute(A a, Order order, B b) {
   return as<Words16>(result);
 }
 
+// Rounded to the nearest, ties to even; NaNs stay quiet ones.
+inline uint16_t to_bfloat16(float value) {
+  const uint32_t bits = as<uint32_t>(value);
+  if (value != value) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+struct Halves16 {
+  uint16_t halves[16];
+};
+
+template <class Vector>
+inline Halves16 narrow(Vector vector) {
+  const Floats16 values = as<Floats16>(vector);
+  Halves16 result;
+  for (int i = 0; i < 16; ++i) result.halves[i] = to_bfloat16(values[i]);
+  return result;
+}
+
+template <class Upper, class Lower>
+inline Words16 narrow_two(Upper upper, Lower lower) {
+  const Halves16 both[2] = {narrow(lower), narrow(upper)};
+  return as<Words16>(both);
+}
+
 template <class Vector>
 inline __m256d upper(Vector vector) {
   __m256d halves[2];
@@ -126,6 +151,7 @@ inline void multiply_tiles(int to, int a, int b) {
 #define _tile_release() (emulated::unit.ready = false)
 #define _tile_zero(tile) std::memset(emulated::unit.sums[tile], 0, 1024)
 #define _tile_loadd(tile, from, stride) emulated::load_tile(tile, from, stride)
+#define _tile_stream_loadd(tile, from, stride) emulated::load_tile(tile, from, stride)
 #define _tile_stored(tile, to, stride) emulated::store_tile(tile, to, stride)
 #define _tile_dpbf16ps(to, a, b) emulated::multiply_tiles(to, a, b)
 #endif
@@ -139,6 +165,8 @@ inline void multiply_tiles(int to, int a, int b) {
 #define _mm512_set1_ps(value) (emulated::Floats16{} + float(value))
 #define _mm512_dpbf16_ps(sums, a, b) emulated::dot(sums, a, b)
 #define _mm512_permutex2var_epi16(a, order, b) emulated::permute(a, order, b)
+#define _mm512_cvtneps_pbh(vector) emulated::narrow(vector)
+#define _mm512_cvtne2ps_pbh(upper, lower) emulated::narrow_two(upper, lower)
 #define _mm512_castps_pd(vector) emulated::as<emulated::Doubles8>(vector)
 #define _mm512_castps512_ps256(vector) emulated::lower(vector)
 #define _mm512_extractf64x4_pd(vector, part) emulated::upper(vector)

@@ -199,7 +199,7 @@ def refusal() -> str:
 def test_without_a_compiler_the_message_names_one(answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    assert "install g++ 10 or later" in refusal()
+    assert "install g++ 11 or later" in refusal()
 
 
 def test_a_compiler_that_is_not_there_is_named(answers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,6 +229,7 @@ def test_an_instruction_set_that_the_cpu_lacks_is_refused(answers: Path, monkeyp
 @pytest.mark.parametrize(
     ("features", "form"),
     [
+        (build.FEATURES["amx"], "amx"),
         (build.FEATURES["avx512_bf16"], "avx512_bf16"),
         (build.FEATURES["avx512"], "avx512"),
         (build.FEATURES["avx2"], "avx2"),
@@ -241,7 +242,15 @@ def test_the_best_instruction_set_of_the_cpu_is_chosen(
 ) -> None:
     monkeypatch.delenv(build.VARIABLE, raising=False)
     monkeypatch.setattr(build, "cpu_features", lambda: frozenset(features))
+    monkeypatch.setattr(build, "may_use_tiles", lambda: True)
     assert build.chosen_form() == form
+
+
+def test_without_the_systems_leave_the_matrix_unit_stays_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(build.VARIABLE, raising=False)
+    monkeypatch.setattr(build, "cpu_features", lambda: frozenset(build.FEATURES["amx"]))
+    monkeypatch.setattr(build, "may_use_tiles", lambda: False)
+    assert build.chosen_form() == "avx512_bf16"
 
 
 @needs_compiler
@@ -285,10 +294,11 @@ needs_avx2 = pytest.mark.skipif("avx2" not in build.possible_forms(), reason="no
 @pytest.mark.parametrize(
     ("form", "unit"),
     [
-        ("avx512_bf16", "mla"),  # has all that the others have
+        ("amx", "prefill"),  # these two have all that the others have
+        ("avx512_bf16", "mla"),
         *(
             pytest.param(form, unit, marks=pytest.mark.full)
-            for form in ("avx512_bf16", "avx512")
+            for form in ("amx", "avx512_bf16", "avx512")
             for unit in ("attention", "experts", "linear", "mla", "prefill")
         ),
     ],

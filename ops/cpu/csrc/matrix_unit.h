@@ -76,6 +76,15 @@ OMNI_INLINE void store_unit(BFloat16* to, Floats sums) {
   std::memcpy(to, &halves, sizeof(halves));
 }
 
+// a0 b0 a1 b1 …, rounded: the words of two inputs of 16 columns.
+OMNI_INLINE void store_unit_pairs(BFloat16* to, Floats a, Floats b) {
+  alignas(kLineBytes) static constexpr uint16_t kOrder[2 * kLanes] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const auto halves = bits_as<__m512i>(_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(halves, _mm512_loadu_si512(kOrder), halves));
+}
+
 // Lines of a matrix that is read next, in the order in which they lie, asked for a few at a time.
 class Following {
  public:
@@ -103,15 +112,24 @@ class Following {
   int64_t row_bytes_, skip_, left_;
 };
 
-// One step of kHeights * 16 rows and kWidths * 16 columns.
-template <int kHeights, int kWidths>
+// One step of kHeights * 16 rows and kWidths * 16 columns. kOnce: the rows will not be read again, and are not to take
+// the columns' place in the first-level cache.
+template <int kHeights, int kWidths, bool kOnce>
 OMNI_INLINE void unit_step(const BFloat16* rows, int64_t row_bytes, int64_t between_rows, const BFloat16* x,
                            int64_t between_columns) {
-  _tile_loadd(4, rows, row_bytes);
+  if constexpr (kOnce) {
+    _tile_stream_loadd(4, rows, row_bytes);
+  } else {
+    _tile_loadd(4, rows, row_bytes);
+  }
   _tile_loadd(6, x, kUnitTileRow);
   _tile_dpbf16ps(0, 4, 6);
   if constexpr (kHeights > 1) {
-    _tile_loadd(5, rows + between_rows, row_bytes);
+    if constexpr (kOnce) {
+      _tile_stream_loadd(5, rows + between_rows, row_bytes);
+    } else {
+      _tile_loadd(5, rows + between_rows, row_bytes);
+    }
     _tile_dpbf16ps(1, 5, 6);
   }
   if constexpr (kWidths > 1) {
@@ -141,7 +159,7 @@ OMNI_INLINE void load_unit_sums(const UnitSums* from) {
 }
 
 // sums += kHeights * 16 rows . kWidths * 16 columns over some inputs, from the first ones on where `begins`.
-template <int kHeights, int kWidths>
+template <int kHeights, int kWidths, bool kOnce>
 OMNI_INLINE void unit_tiles(const BFloat16* rows, int64_t row_stride, const BFloat16* x, int64_t x_stride, int64_t size,
                             Following& following, int64_t asked, bool begins, UnitSums* sums) {
   const int64_t row_bytes = row_stride * int64_t(sizeof(BFloat16)), whole = size / kUnitInputs * kUnitInputs;
@@ -156,14 +174,14 @@ OMNI_INLINE void unit_tiles(const BFloat16* rows, int64_t row_stride, const BFlo
   }
   for (int64_t at = 0; at < whole; at += kUnitInputs) {
     following.ask(asked);
-    unit_step<kHeights, kWidths>(rows + at, row_bytes, between_rows, x + at * kUnitRows, between_columns);
+    unit_step<kHeights, kWidths, kOnce>(rows + at, row_bytes, between_rows, x + at * kUnitRows, between_columns);
   }
   if (whole < size) {
     alignas(kLineBytes) BFloat16 rest[kHeights * kUnitTile] = {};
     for (int64_t row = 0; row < kHeights * kUnitRows; ++row)
       std::memcpy(rest + row * kUnitInputs, rows + row * row_stride + whole, (size - whole) * sizeof(BFloat16));
     __asm__ volatile("" ::"r"(rest) : "memory");
-    unit_step<kHeights, kWidths>(rest, kUnitTileRow, kUnitTile, x + whole * kUnitRows, between_columns);
+    unit_step<kHeights, kWidths, false>(rest, kUnitTileRow, kUnitTile, x + whole * kUnitRows, between_columns);
   }
   store_unit_sums<kHeights, kWidths>(sums);
 }
@@ -195,10 +213,10 @@ inline void unit_rows(const BFloat16* matrix, int64_t row_stride, int64_t count,
                       int64_t columns, int64_t size, int64_t next, const Emit& emit) {
   constexpr int64_t kGroup = 2 * kUnitRows;
   const int64_t groups = (columns + kGroup - 1) / kGroup;
-  const int64_t blocks = groups < 3 ? 1 : (size + kUnitInputsAtOnce - 1) / kUnitInputsAtOnce;
+  const int64_t blocks = groups < 2 ? 1 : (size + kUnitInputsAtOnce - 1) / kUnitInputsAtOnce;
   const int64_t at_once = ((size + blocks - 1) / blocks + kUnitInputs - 1) / kUnitInputs * kUnitInputs;
-  alignas(kLineBytes) UnitSums sums[kUnitColumns / kUnitRows * 2];
-  const auto meet_columns = [&](int64_t row, int64_t after, auto heights) OMNI_LAMBDA {
+  alignas(kLineBytes) UnitSums sums[kUnitColumns / kGroup * 4];
+  const auto meet_columns = [&](int64_t row, int64_t after, auto heights, auto once) OMNI_LAMBDA {
     const BFloat16* rows = matrix + row * row_stride;
     Following following(matrix + after * row_stride, row_stride, size);
     const int64_t asked = (heights.value * kUnitRows + groups - 1) / groups;
@@ -206,28 +224,39 @@ inline void unit_rows(const BFloat16* matrix, int64_t row_stride, int64_t count,
       const int64_t width = std::min(at_once, size - at);
       for (int64_t group = 0; group < groups; ++group) {
         const BFloat16* from = x + group * kGroup * x_stride + at * kUnitRows;
-        UnitSums* here = sums + group * 2 * heights.value;
+        UnitSums* here = sums + group * 4;
         const int64_t left = columns - group * kGroup;
         const auto meet = [&](auto widths) OMNI_LAMBDA {
-          unit_tiles<heights.value, widths.value>(rows + at, row_stride, from, x_stride, width, following, asked,
-                                                  at == 0, here);
+          unit_tiles<heights.value, widths.value, once.value>(rows + at, row_stride, from, x_stride, width, following,
+                                                              asked, at == 0, here);
           if (at + width < size) return;
-          emit_unit_sums<heights.value, widths.value>(here, left, [&](int64_t each, int64_t of_tile, Floats of_rows)
-                                                                      OMNI_LAMBDA {
-            emit(group * kGroup + each, row + of_tile, of_rows);
-          });
+          emit_unit_sums<heights.value, widths.value>(
+              here, left, [&](int64_t column, int64_t of_tile, Floats of_rows) OMNI_LAMBDA {
+                emit(group * kGroup + column, row + of_tile, of_rows);
+              });
         };
-        left > kUnitRows ? meet(std::integral_constant<int, 2>{}) : meet(std::integral_constant<int, 1>{});
+        if (left > kUnitRows) {
+          meet(std::integral_constant<int, 2>{});
+        } else {
+          meet(std::integral_constant<int, 1>{});
+        }
       }
     }
   };
-  int64_t row = 0;
-  for (; row + 2 * kUnitRows <= count; row += 2 * kUnitRows)
-    meet_columns(row, row + 4 * kUnitRows <= count ? row + 2 * kUnitRows : next, std::integral_constant<int, 2>{});
-  while (row < count) {  // the last tile begins earlier where rows are missing
-    const int64_t first = std::min(row, count - kUnitRows);
-    meet_columns(first, next, std::integral_constant<int, 1>{});
-    row = first + kUnitRows;
+  const auto meet_rows = [&](auto once) OMNI_LAMBDA {
+    int64_t row = 0;
+    for (; row + kGroup <= count; row += kGroup)
+      meet_columns(row, row + 2 * kGroup <= count ? row + kGroup : next, std::integral_constant<int, 2>{}, once);
+    while (row < count) {  // the last tile begins earlier where rows are missing
+      const int64_t first = std::min(row, count - kUnitRows);
+      meet_columns(first, next, std::integral_constant<int, 1>{}, once);
+      row = first + kUnitRows;
+    }
+  };
+  if (groups == 1) {
+    meet_rows(std::true_type{});
+  } else {
+    meet_rows(std::false_type{});
   }
 }
 

@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "tiles.h"
+#include "unit_attention.h"
 
 namespace omni {
 namespace {
@@ -104,6 +105,9 @@ void attend_causally(const CausalAttention& problem) {
   const int64_t group = problem.heads / problem.kv_heads, dim = problem.dim, value_dim = problem.value_dim;
   const int64_t share = problem.queries * problem.heads / (thread_count() * kTasksPerThread);
   const int64_t tokens_per_task = std::max<int64_t>(std::min(kMostRows, share) / group, 1);
+#if defined(__AMX_BF16__)
+  if constexpr (kByMatrixUnit<T>) return UnitAttention(problem).run(tokens_per_task);
+#endif
   const int64_t parts = (problem.queries + tokens_per_task - 1) / tokens_per_task;
   const int64_t most_rows = round_up(tokens_per_task * group, kTileQueries);
   const int64_t padded_values = round_up(value_dim, kTileWidth), before = problem.context - problem.queries;
