@@ -38,6 +38,16 @@ def _row_keys(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(torch.int32), (x >> 32).to(torch.int32)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """The first of each row's largest entries: float32 [rows, vocab] -> int64 [rows]. As `argmax`, but for NaNs."""
+    if not (torch.compiler.is_compiling() and logits.device.type == "cpu"):
+        return logits.argmax(dim=-1)
+    # Inductor makes plain vector loops of a largest entry and of a smallest index, but not of an argmax.
+    last = logits.shape[-1] - 1
+    tokens = torch.arange(last + 1, dtype=torch.int32, device=logits.device)
+    return torch.where(logits == logits.amax(dim=-1, keepdim=True), tokens, last).amin(dim=-1).to(torch.int64)
+
+
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise that is a pure function of (seed, position, token id).
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.forward_context import ForwardContext
-from ...ops.sampling import gumbel_noise
+from ...ops.sampling import gumbel_noise, likeliest
 from ...ops.table import BoundOps
 from ..row_state import NO_DRAFT, RowState, decode_context
 from ..speculation.buffers import Handoff
@@ -41,7 +41,7 @@ def choose_tokens(logits: Tensor, state: RowState, rows: Tensor, positions: Tens
     if sampler == "gumbel":
         noise = gumbel_noise(state.seed[rows], positions, logits.shape[-1])
         logits = logits / state.temperature[rows, None] + noise * state.noise_scale[rows, None]
-    return logits.argmax(dim=-1)
+    return likeliest(logits)
 
 
 def repeated(rows: Tensor, times: int) -> Tensor:

@@ -143,7 +143,7 @@ def test_another_weight_gives_another_result(own: OpTable) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("shape", [(1, 4, 20, 24), (9, 3, 128, 130), (2, 5, 7, 11)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4, 20, 24), (9, 3, 128, 130), (2, 5, 7, 11), (41, 2, 96, 160)], ids=str)
 @pytest.mark.parametrize("transposed", [True, False])
 def test_head_linear_equals_the_plain_body(
     own: OpTable, dtype: torch.dtype, shape: tuple[int, ...], transposed: bool
@@ -387,7 +387,10 @@ def experts_inputs(dtype: torch.dtype, tokens: int, experts: int, chosen: int, d
 @DTYPES
 @pytest.mark.parametrize(
     "shape",
-    [(1, 8, 2, 64, 32), (5, 12, 3, 70, 24), (40, 16, 4, 100, 45), (600, 6, 2, 33, 20), (3, 2, 2, 5, 3)],
+    [
+        *((1, 8, 2, 64, 32), (5, 12, 3, 70, 24), (40, 16, 4, 100, 45), (600, 6, 2, 33, 20), (3, 2, 2, 5, 3)),
+        *((40, 16, 4, 112, 48), (90, 5, 3, 64, 160), (700, 2, 2, 32, 16)),
+    ],
     ids=str,
 )
 def test_experts_equal_the_plain_body(own: OpTable, dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
@@ -405,8 +408,11 @@ def test_only_the_chosen_experts_are_read(own: OpTable) -> None:
 
 
 @DTYPES
-def test_a_token_of_experts_depends_on_nothing_but_itself(own: OpTable, dtype: torch.dtype) -> None:
-    hidden, weights, ids, gate_up, down = experts_inputs(dtype, 24, 10, 3, 70, 40)
+@pytest.mark.parametrize("sizes", [(70, 40), (96, 48)], ids=str)
+def test_a_token_of_experts_depends_on_nothing_but_itself(
+    own: OpTable, dtype: torch.dtype, sizes: tuple[int, int]
+) -> None:
+    hidden, weights, ids, gate_up, down = experts_inputs(dtype, 24, 10, 3, *sizes)
     whole = own.routed_experts(hidden, weights, ids, gate_up, down)
     for rows in (slice(0, 1), slice(7, 12), slice(23, 24)):
         assert torch.equal(own.routed_experts(hidden[rows], weights[rows], ids[rows], gate_up, down), whole[rows])

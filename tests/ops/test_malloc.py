@@ -44,4 +44,4 @@ def test_a_round_finds_the_memory_of_the_one_before_in_place():
     kept = found_anew("kept")
     if kept == -1:
         pytest.skip("the C library has no mallopt")
-    assert kept < 96 < 900 < found_anew("given back")
+    assert kept < 480 < 900 < found_anew("given back")  # what lies in pieces is not all used again

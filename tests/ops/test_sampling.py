@@ -129,3 +129,15 @@ def test_rank_counts_the_tokens_above():
     logprobs, ranks = sampling.token_ranks(torch.tensor([[0.1, 0.4, 0.3], [0.2, 0.2, 0.6]]), torch.tensor([2, 0]))
     assert ranks.tolist() == [2, 2]
     torch.testing.assert_close(logprobs, torch.tensor([0.3, 0.2]))
+
+
+def test_the_likeliest_token_is_the_first_of_the_largest_also_in_a_graph():
+    logits = torch.randn(6, 1000).bfloat16().float()  # with ties
+    logits[1, [7, 500, 999]] = 9.0
+    logits[2, 999] = 9.0
+    logits[3] = -torch.inf
+    logits[4, 5:] = -torch.inf
+    expected = torch.from_numpy(logits.numpy().argmax(axis=-1))
+    for body in (sampling.likeliest, torch.compile(sampling.likeliest)):
+        result = body(logits)
+        assert result.dtype == torch.int64 and torch.equal(result, expected)

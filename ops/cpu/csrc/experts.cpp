@@ -33,6 +33,48 @@ OMNI_INLINE Floats swiglu(Floats gate, Floats up) {
   return rounded<T>(rounded<T>(gate / (exponential(-gate) + 1.0f)) * rounded<T>(up));
 }
 
+#if defined(__AMX_BF16__)
+// Whether tiles of weights never overlap, nor those of gates and ups.
+inline bool fits_unit(const RoutedExperts& problem) {
+  return problem.inner % kUnitRows == 0 && problem.dim % kUnitRows == 0;
+}
+
+// How many rows apart experts lie, where that is a number of rows.
+inline int64_t expert_rows(int64_t expert_stride, int64_t row_stride) {
+  return expert_stride % row_stride == 0 ? expert_stride / row_stride : 0;
+}
+
+// `width` inner features of tokens that are staged in `x`, staged in `middle` from feature `begin` on. The sums of
+// gates and ups hold 16 tokens to a vector, which is how the next product takes its columns. `next`: see dot_matrix.
+inline void unit_inner(const RoutedExperts& problem, const BFloat16* gate, int64_t width, const BFloat16* x,
+                       int64_t x_stride, int64_t columns, int64_t next, BFloat16* middle, int64_t middle_stride,
+                       int64_t begin) {
+  const MatrixUnit unit;
+  const int64_t stride = problem.gate_up_stride, apart = problem.inner * stride;
+  for (int64_t first = 0; first < columns; first += kUnitColumns) {
+    const int64_t count = std::min(kUnitColumns, columns - first);
+    for (int64_t row = 0; row < width; row += kUnitRows) {
+      const BFloat16* after = gate + (row + kUnitRows < width ? row + kUnitRows : next) * stride;
+      const FollowingBoth following{{after, stride, problem.dim}, {after + apart, stride, problem.dim}};
+      const UnitRows rows{gate + row * stride, stride, apart};
+      const auto put = [&](int64_t column, int64_t, auto widths, const UnitSums* sums) OMNI_LAMBDA {
+        for (int64_t group = 0; group < widths.value; ++group) {
+          const int64_t staged = unit_position(first + column + group * kUnitRows, begin + row, middle_stride);
+          for (int64_t line = 0; line < kUnitRows; line += 2) {
+            const auto inner_of = [&](int64_t each) OMNI_LAMBDA {
+              const int64_t at = (line + each) * kUnitRows;
+              return swiglu<BFloat16>(load<Floats>(sums[2 * group] + at), load<Floats>(sums[2 * group + 1] + at));
+            };
+            store_unit_pairs(middle + staged + line * kUnitRows, inner_of(0), inner_of(1));
+          }
+        }
+      };
+      unit_columns<2>(rows, x + first * x_stride, x_stride, count, problem.dim, following, put);
+    }
+  }
+}
+#endif
+
 // Adds what some neighbouring experts give to sums [tokens, dim].
 template <class T>
 void add_experts(const RoutedExperts& problem, const Chosen* chosen, int64_t experts, const int64_t* order,
@@ -79,6 +121,18 @@ void add_experts(const RoutedExperts& problem, const Chosen* chosen, int64_t exp
     const int64_t begin = task % parts * inner_per_task, width = std::min(inner_per_task, inner - begin);
     const T* gate = static_cast<const T*>(problem.gate_up) + one.expert * problem.gate_up_expert_stride +
                     begin * problem.gate_up_stride;
+#if defined(__AMX_BF16__)
+    if constexpr (kByMatrixUnit<T>) {
+      if (fits_unit(problem)) {
+        const int64_t following = std::min(task + thread_count(), experts * parts - 1);
+        const int64_t next = expert_rows(problem.gate_up_expert_stride, problem.gate_up_stride) *
+                                 (chosen[following / parts].expert - one.expert) +
+                             following % parts * inner_per_task - begin;
+        return unit_inner(problem, gate, width, hidden + column_of(one) * hidden_stride, hidden_stride,
+                          one.end - one.begin, next, middle + column_of(one) * inner_stride, inner_stride, begin);
+      }
+    }
+#endif
     const T* up = gate + inner * problem.gate_up_stride;
     constexpr int64_t kStride = kMostPerTask + kSpare;
     float gates[kColumnsAtOnce * kStride], ups[kColumnsAtOnce * kStride];
@@ -117,6 +171,24 @@ void add_experts(const RoutedExperts& problem, const Chosen* chosen, int64_t exp
       const Chosen& one = chosen[index];
       const T* down = static_cast<const T*>(problem.down) + one.expert * problem.down_expert_stride +
                       begin * problem.down_stride;
+#if defined(__AMX_BF16__)
+      if constexpr (kByMatrixUnit<T>) {
+        if (fits_unit(problem)) {
+          const int64_t next = expert_rows(problem.down_expert_stride, problem.down_stride) *
+                               (chosen[std::min(index + 1, experts - 1)].expert - one.expert);
+          const MatrixUnit unit;
+          for (int64_t first = 0; first < one.end - one.begin; first += kUnitColumns)
+            unit_product(down, problem.down_stride, width, middle + (column_of(one) + first) * inner_stride,
+                         inner_stride, std::min(kUnitColumns, one.end - one.begin - first), inner, next,
+                         [&](int64_t column, int64_t row, Floats of_rows, int64_t) OMNI_LAMBDA {
+                           const int64_t pair = order[one.begin + first + column];
+                           float* to = sums + pair / choices * dim + begin + row;
+                           store(to, load<Floats>(to) + rounded<T>(of_rows) * problem.weights[pair]);
+                         });
+          continue;
+        }
+      }
+#endif
       for (int64_t row = 0; row < one.end - one.begin; row += kColumnsAtOnce) {
         const int64_t count = std::min(kColumnsAtOnce, one.end - one.begin - row);
         dot_matrix<T>(down, problem.down_stride, width, middle + (column_of(one) + row) * inner_stride, inner_stride,

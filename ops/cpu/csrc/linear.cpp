@@ -179,6 +179,107 @@ void linear_of(const Linear& problem) {
 // One head's share of the outputs, few enough that batches of one row keep all threads busy.
 constexpr int64_t kHeadOutputs = 128;
 
+#if defined(__AMX_BF16__)
+// One head's share of a transposed product by the matrix unit: rows of x are a tile as they lie, and of each two weight
+// rows the elements are put side by side.
+struct UnitHead {
+  static constexpr int64_t kWidth = 2 * kUnitRows;  // output features of two tiles, which are staged together
+  static constexpr int64_t kAhead = 16;             // weight rows behind those that are staged, asked for
+
+  const HeadLinear& problem;
+  int64_t head, begin, end;  // output features
+  int64_t steps = (problem.inputs + kUnitInputs - 1) / kUnitInputs, inputs = steps * kUnitInputs;
+  int64_t row_groups = (problem.rows + kUnitRows - 1) / kUnitRows;
+  int64_t widths = (end - begin + kWidth - 1) / kWidth;
+
+  void run() const {
+    static thread_local Scratch scratch;
+    auto* rows = scratch.reserve<BFloat16>((row_groups * kUnitRows + widths * kWidth) * inputs);
+    BFloat16* columns = rows + row_groups * kUnitRows * inputs;
+    const auto* x = static_cast<const BFloat16*>(problem.x) + head * problem.x_head_stride;
+    for (int64_t row = 0; row < row_groups * kUnitRows; ++row) {
+      BFloat16* to = rows + row * inputs;
+      std::fill(to + (row < problem.rows ? problem.inputs : 0), to + inputs, BFloat16{});
+      if (row < problem.rows) std::memcpy(to, x + row * problem.x_row_stride, problem.inputs * sizeof(BFloat16));
+    }
+    for (int64_t input = 0; input < inputs; input += 2) stage_weights(input, columns);
+    __asm__ volatile("" ::"r"(rows), "r"(columns) : "memory");
+    const MatrixUnit unit;
+    for (int64_t width = 0; width < widths; ++width) {
+      int64_t group = 0;
+      for (; group + 2 <= row_groups; group += 2) multiply<2>(rows, group, columns, width);
+      if (group < row_groups) multiply<1>(rows, group, columns, width);
+    }
+  }
+
+ private:
+  // Two rows of the weight: a line of each tile.
+  void stage_weights(int64_t input, BFloat16* to) const {
+    const auto* weight = static_cast<const BFloat16*>(problem.weight) + head * problem.weight_head_stride + begin;
+    to += input / kUnitInputs * 2 * kUnitTile + input % kUnitInputs * kUnitRows;
+    const BFloat16* ahead = weight + std::min(input + kAhead, problem.inputs - 2) * problem.weight_stride;
+    for (int64_t at = 0; at < end - begin; at += kWidth, to += inputs * kWidth) {
+      const int64_t count = std::min(kWidth, end - begin - at);
+      const BFloat16* pair[2];
+      BFloat16 padded[2][kWidth];
+      __builtin_prefetch(ahead + at);
+      __builtin_prefetch(ahead + problem.weight_stride + at);
+      for (int64_t each = 0; each < 2; ++each) {
+        const bool is_there = input + each < problem.inputs;
+        pair[each] = is_there ? weight + (input + each) * problem.weight_stride + at : padded[each];
+        if (is_there && count == kWidth) continue;
+        std::fill_n(padded[each], kWidth, BFloat16{});
+        if (!is_there) continue;
+        std::memcpy(padded[each], pair[each], count * sizeof(BFloat16));
+        pair[each] = padded[each];
+      }
+      stage_unit_pair(pair[0], pair[1], to, to + kUnitTile);
+    }
+  }
+
+  template <int kGroups>
+  void multiply(const BFloat16* rows, int64_t group, const BFloat16* columns, int64_t width) const {
+    const int64_t row_bytes = inputs * int64_t(sizeof(BFloat16));
+    rows += group * kUnitRows * inputs;
+    columns += width * kWidth * inputs;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < steps; ++step) {
+      _tile_loadd(4, rows + step * kUnitInputs, row_bytes);
+      _tile_loadd(6, columns + step * 2 * kUnitTile, kUnitTileRow);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, columns + (step * 2 + 1) * kUnitTile, kUnitTileRow);
+      _tile_dpbf16ps(1, 4, 7);
+      if constexpr (kGroups > 1) {
+        _tile_loadd(5, rows + kUnitRows * inputs + step * kUnitInputs, row_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    alignas(kLineBytes) UnitSums sums[4];
+    _tile_stored(0, sums[0], kUnitTileRow);
+    _tile_stored(1, sums[1], kUnitTileRow);
+    _tile_stored(2, sums[2], kUnitTileRow);
+    _tile_stored(3, sums[3], kUnitTileRow);
+    const int64_t first = group * kUnitRows, count = std::min(kGroups * kUnitRows, problem.rows - first);
+    const int64_t at = begin + width * kWidth;
+    auto* output = static_cast<BFloat16*>(problem.output) + (first * problem.heads + head) * problem.outputs + at;
+    const bool whole = at + kWidth <= end;
+    BFloat16 apart[kWidth];
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t from = row / kUnitRows * 2, line = row % kUnitRows * kUnitRows;
+      BFloat16* to = output + row * problem.heads * problem.outputs;
+      BFloat16* rounded = whole ? to : apart;
+      store_unit(rounded, load<Floats>(sums[from] + line));
+      store_unit(rounded + kUnitRows, load<Floats>(sums[from + 1] + line));
+      if (!whole) std::memcpy(to, apart, (end - at) * sizeof(BFloat16));
+    }
+  }
+};
+#endif
+
 template <class T>
 void head_linear_of(const HeadLinear& problem) {
   const auto* x = static_cast<const T*>(problem.x);
@@ -190,6 +291,11 @@ void head_linear_of(const HeadLinear& problem) {
     static thread_local Scratch x_scratch, sums_scratch, pointers_scratch;
     const int64_t head = task / parts, begin = task % parts * kHeadOutputs;
     const int64_t width = std::min(kHeadOutputs, outputs - begin);
+#if defined(__AMX_BF16__)
+    if constexpr (kByMatrixUnit<T>) {
+      if (problem.transposed) return UnitHead{problem, head, begin, begin + width}.run();
+    }
+#endif
     const T* head_weight = weight + head * problem.weight_head_stride;
     const int64_t sums_stride = width + kSpare;
     float* sums = sums_scratch.reserve<float>(rows * sums_stride);

@@ -85,6 +85,18 @@ OMNI_INLINE void store_unit_pairs(BFloat16* to, Floats a, Floats b) {
   _mm512_storeu_si512(to, _mm512_permutex2var_epi16(halves, _mm512_loadu_si512(kOrder), halves));
 }
 
+// a0 b0 a1 b1 … of two rows of 32: the words of two inputs, for 16 columns and for the 16 of another tile.
+OMNI_INLINE void stage_unit_pair(const BFloat16* a, const BFloat16* b, BFloat16* to, BFloat16* next) {
+  alignas(kLineBytes) static constexpr uint16_t kOrder[2][2 * kLanes] = {
+      {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+       24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+  const __m512i first = _mm512_loadu_si512(a), second = _mm512_loadu_si512(b);
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first, _mm512_loadu_si512(kOrder[0]), second));
+  _mm512_storeu_si512(next, _mm512_permutex2var_epi16(first, _mm512_loadu_si512(kOrder[1]), second));
+}
+
 // Lines of a matrix that is read next, in the order in which they lie, asked for a few at a time.
 class Following {
  public:
@@ -110,6 +122,16 @@ class Following {
  private:
   const char* at_;
   int64_t row_bytes_, skip_, left_;
+};
+
+// Two such streams side by side.
+struct FollowingBoth {
+  Following first, second;
+
+  OMNI_INLINE void ask(int64_t lines) {
+    first.ask(lines / 2);
+    second.ask((lines + 1) / 2);
+  }
 };
 
 // One step of kHeights * 16 rows and kWidths * 16 columns. kOnce: the rows will not be read again, and are not to take
@@ -158,13 +180,22 @@ OMNI_INLINE void load_unit_sums(const UnitSums* from) {
   if constexpr (kHeights > 1 && kWidths > 1) _tile_loadd(3, from[3], kUnitTileRow);
 }
 
-// sums += kHeights * 16 rows . kWidths * 16 columns over some inputs, from the first ones on where `begins`.
-template <int kHeights, int kWidths, bool kOnce>
-OMNI_INLINE void unit_tiles(const BFloat16* rows, int64_t row_stride, const BFloat16* x, int64_t x_stride, int64_t size,
-                            Following& following, int64_t asked, bool begins, UnitSums* sums) {
-  const int64_t row_bytes = row_stride * int64_t(sizeof(BFloat16)), whole = size / kUnitInputs * kUnitInputs;
-  const int64_t between_rows = kUnitRows * row_stride, between_columns = kUnitRows * x_stride;
-  if (begins) {
+// Rows of kHeights tiles, whose first rows lie `between` elements apart.
+struct UnitRows {
+  const BFloat16* first;
+  int64_t stride, between;
+};
+
+// sums += kHeights * 16 rows . kWidths * 16 columns over inputs [from, from + size); those of earlier
+// inputs wait in `sums`.
+template <int kHeights, int kWidths, bool kOnce, class Ahead>
+OMNI_INLINE void unit_tiles(const UnitRows& of, const BFloat16* x, int64_t x_stride, int64_t from, int64_t size,
+                            Ahead& following, int64_t asked, UnitSums* sums) {
+  const BFloat16* rows = of.first + from;
+  const int64_t row_bytes = of.stride * int64_t(sizeof(BFloat16)), whole = size / kUnitInputs * kUnitInputs;
+  const int64_t between_columns = kUnitRows * x_stride;
+  x += from * kUnitRows;
+  if (from == 0) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -174,12 +205,13 @@ OMNI_INLINE void unit_tiles(const BFloat16* rows, int64_t row_stride, const BFlo
   }
   for (int64_t at = 0; at < whole; at += kUnitInputs) {
     following.ask(asked);
-    unit_step<kHeights, kWidths, kOnce>(rows + at, row_bytes, between_rows, x + at * kUnitRows, between_columns);
+    unit_step<kHeights, kWidths, kOnce>(rows + at, row_bytes, of.between, x + at * kUnitRows, between_columns);
   }
   if (whole < size) {
     alignas(kLineBytes) BFloat16 rest[kHeights * kUnitTile] = {};
     for (int64_t row = 0; row < kHeights * kUnitRows; ++row)
-      std::memcpy(rest + row * kUnitInputs, rows + row * row_stride + whole, (size - whole) * sizeof(BFloat16));
+      std::memcpy(rest + row * kUnitInputs, rows + row / kUnitRows * of.between + row % kUnitRows * of.stride + whole,
+                  (size - whole) * sizeof(BFloat16));
     __asm__ volatile("" ::"r"(rest) : "memory");
     unit_step<kHeights, kWidths, false>(rest, kUnitTileRow, kUnitTile, x + whole * kUnitRows, between_columns);
   }
@@ -207,56 +239,62 @@ OMNI_INLINE void emit_unit_sums(const UnitSums* sums, int64_t columns, const Emi
 constexpr int64_t kUnitInputsAtOnce = 384;
 constexpr int64_t kUnitColumns = 512;  // that meet some rows at a time
 
+// kHeights * 16 rows with all columns, at most kUnitColumns: calls put(first column, left, widths, tiles of sums) for
+// 16 or 32 of them at a time, of which `left` are there. Beside them memory of what follows is asked for.
+template <int kHeights, class Ahead, class Put>
+OMNI_INLINE void unit_columns(const UnitRows& rows, const BFloat16* x, int64_t x_stride, int64_t columns, int64_t size,
+                              Ahead following, const Put& put) {
+  constexpr int64_t kGroup = 2 * kUnitRows;
+  const int64_t groups = (columns + kGroup - 1) / kGroup;
+  alignas(kLineBytes) UnitSums sums[kUnitColumns / kGroup * 4];
+  const int64_t asked = (kHeights * kUnitRows + groups - 1) / groups;
+  const auto meet = [&](int64_t group, int64_t at, int64_t width, auto widths, auto once) OMNI_LAMBDA {
+    UnitSums* here = sums + group * 4;
+    unit_tiles<kHeights, widths.value, once.value>(rows, x + group * kGroup * x_stride, x_stride, at, width, following,
+                                                   asked, here);
+    if (at + width >= size) put(group * kGroup, columns - group * kGroup, widths, here);
+  };
+  const std::integral_constant<int, 1> one;
+  const std::integral_constant<int, 2> two;
+  if (columns <= kUnitRows) return meet(0, 0, size, one, std::true_type{});
+  if (groups == 1) return meet(0, 0, size, two, std::true_type{});
+  const int64_t blocks = (size + kUnitInputsAtOnce - 1) / kUnitInputsAtOnce;
+  const int64_t at_once = ((size + blocks - 1) / blocks + kUnitInputs - 1) / kUnitInputs * kUnitInputs;
+  for (int64_t at = 0; at < size; at += at_once) {
+    const int64_t width = std::min(at_once, size - at);
+    for (int64_t group = 0; group < groups; ++group) {
+      if (columns - group * kGroup > kUnitRows) {
+        meet(group, at, width, two, std::false_type{});
+      } else {
+        meet(group, at, width, one, std::false_type{});
+      }
+    }
+  }
+}
+
 // unit_product of at least 16 rows.
 template <class Emit>
 inline void unit_rows(const BFloat16* matrix, int64_t row_stride, int64_t count, const BFloat16* x, int64_t x_stride,
                       int64_t columns, int64_t size, int64_t next, const Emit& emit) {
-  constexpr int64_t kGroup = 2 * kUnitRows;
-  const int64_t groups = (columns + kGroup - 1) / kGroup;
-  const int64_t blocks = groups < 2 ? 1 : (size + kUnitInputsAtOnce - 1) / kUnitInputsAtOnce;
-  const int64_t at_once = ((size + blocks - 1) / blocks + kUnitInputs - 1) / kUnitInputs * kUnitInputs;
-  alignas(kLineBytes) UnitSums sums[kUnitColumns / kGroup * 4];
-  const auto meet_columns = [&](int64_t row, int64_t after, auto heights, auto once) OMNI_LAMBDA {
-    const BFloat16* rows = matrix + row * row_stride;
-    Following following(matrix + after * row_stride, row_stride, size);
-    const int64_t asked = (heights.value * kUnitRows + groups - 1) / groups;
-    for (int64_t at = 0; at < size; at += at_once) {
-      const int64_t width = std::min(at_once, size - at);
-      for (int64_t group = 0; group < groups; ++group) {
-        const BFloat16* from = x + group * kGroup * x_stride + at * kUnitRows;
-        UnitSums* here = sums + group * 4;
-        const int64_t left = columns - group * kGroup;
-        const auto meet = [&](auto widths) OMNI_LAMBDA {
-          unit_tiles<heights.value, widths.value, once.value>(rows + at, row_stride, from, x_stride, width, following,
-                                                              asked, at == 0, here);
-          if (at + width < size) return;
+  const auto meet = [&](int64_t row, int64_t after, auto heights) OMNI_LAMBDA {
+    unit_columns<heights.value>(
+        {matrix + row * row_stride, row_stride, kUnitRows * row_stride}, x, x_stride, columns, size,
+        Following(matrix + after * row_stride, row_stride, size),
+        [&](int64_t first, int64_t left, auto widths, const UnitSums* sums) OMNI_LAMBDA {
           emit_unit_sums<heights.value, widths.value>(
-              here, left, [&](int64_t column, int64_t of_tile, Floats of_rows) OMNI_LAMBDA {
-                emit(group * kGroup + column, row + of_tile, of_rows);
+              sums, left, [&](int64_t column, int64_t of_tile, Floats of_rows) OMNI_LAMBDA {
+                emit(first + column, row + of_tile, of_rows);
               });
-        };
-        if (left > kUnitRows) {
-          meet(std::integral_constant<int, 2>{});
-        } else {
-          meet(std::integral_constant<int, 1>{});
-        }
-      }
-    }
+        });
   };
-  const auto meet_rows = [&](auto once) OMNI_LAMBDA {
-    int64_t row = 0;
-    for (; row + kGroup <= count; row += kGroup)
-      meet_columns(row, row + 2 * kGroup <= count ? row + kGroup : next, std::integral_constant<int, 2>{}, once);
-    while (row < count) {  // the last tile begins earlier where rows are missing
-      const int64_t first = std::min(row, count - kUnitRows);
-      meet_columns(first, next, std::integral_constant<int, 1>{}, once);
-      row = first + kUnitRows;
-    }
-  };
-  if (groups == 1) {
-    meet_rows(std::true_type{});
-  } else {
-    meet_rows(std::false_type{});
+  constexpr int64_t kTogether = 2 * kUnitRows;
+  int64_t row = 0;
+  for (; row + kTogether <= count; row += kTogether)
+    meet(row, row + 2 * kTogether <= count ? row + kTogether : next, std::integral_constant<int, 2>{});
+  while (row < count) {  // the last tile begins earlier where rows are missing
+    const int64_t first = std::min(row, count - kUnitRows);
+    meet(first, next, std::integral_constant<int, 1>{});
+    row = first + kUnitRows;
   }
 }
 
