@@ -98,9 +98,10 @@ inline Floats16 widen(__m256i halves) {
 }
 
 #if defined(__AMX_BF16__)
-// What the matrix unit holds, for tiles of whole size only.
+// What the matrix unit holds, for tiles of whole rows only.
 struct Tiles {
   bool ready = false;
+  uint8_t rows[8];
   alignas(64) float sums[8][16][16];
 };
 inline thread_local Tiles unit;
@@ -108,28 +109,30 @@ inline thread_local Tiles unit;
 inline void configure(const void* shapes) {
   const auto* bytes = static_cast<const uint8_t*>(shapes);
   unit.ready = !unit.ready && bytes[0] == 1;
+  std::memcpy(unit.rows, bytes + 48, 8);
   for (int tile = 0; tile < 8; ++tile)
-    unit.ready = unit.ready && bytes[16 + 2 * tile] == 64 && bytes[17 + 2 * tile] == 0 && bytes[48 + tile] == 16;
+    unit.ready = unit.ready && bytes[16 + 2 * tile] == 64 && bytes[17 + 2 * tile] == 0 && unit.rows[tile] - 1u < 16u;
 }
 
 template <class Row>
-inline void for_each_tile_row(const Row& row) {
+inline void for_each_tile_row(int tile, const Row& row) {
   if (!unit.ready) __builtin_trap();
-  for (int index = 0; index < 16; ++index) row(index);
+  for (int index = 0; index < unit.rows[tile]; ++index) row(index);
 }
 
 inline void load_tile(int tile, const void* from, int64_t stride) {
-  for_each_tile_row([&](int row) {
+  for_each_tile_row(tile, [&](int row) {
     std::memcpy(unit.sums[tile][row], static_cast<const char*>(from) + row * stride, 64);
   });
 }
 
 inline void store_tile(int tile, void* to, int64_t stride) {
-  for_each_tile_row([&](int row) { std::memcpy(static_cast<char*>(to) + row * stride, unit.sums[tile][row], 64); });
+  for_each_tile_row(tile, [&](int row) { std::memcpy(static_cast<char*>(to) + row * stride, unit.sums[tile][row], 64); });
 }
 
 inline void multiply_tiles(int to, int a, int b) {
-  for_each_tile_row([&](int row) {
+  if (unit.rows[to] != unit.rows[a] || unit.rows[b] != 16) __builtin_trap();
+  for_each_tile_row(to, [&](int row) {
     float even[16] = {}, odd[16] = {};
     for (int pair = 0; pair < 16; ++pair) {
       const uint32_t left = as<uint32_t>(unit.sums[a][row][pair]);

@@ -21,9 +21,11 @@ struct GroupedHeads {  // one KV head and the query heads that share it
     return problem.window < 0 ? 0 : std::max<int64_t>(context_len - problem.window, 0);
   }
 
-  void stage_query(int64_t request, int64_t head, Staged<T>* to) const {
-    const auto* query = static_cast<const T*>(problem.query);
-    stage<T>(query + request * problem.query_stride + head * problem.query_head_stride, problem.dim, to);
+  int64_t query_room(int64_t heads) const { return heads * query_size(); }
+  void stage_queries(int64_t request, int64_t first_head, int64_t heads, Staged<T>* to) const {
+    const auto* query = static_cast<const T*>(problem.query) + request * problem.query_stride;
+    for (int64_t head = 0; head < heads; ++head)
+      stage<T>(query + (first_head + head) * problem.query_head_stride, problem.dim, to + head * query_size());
   }
 
   void locate(const Pages& pages, int64_t first_unit, int64_t token, BlockRows<T>& rows) const {

@@ -125,10 +125,8 @@ void attend(const Shape& shape, const Problem& problem) {
     const Pages pages{problem.block_table + task.request * problem.block_table_stride, problem.block_size};
     const int64_t begin = shape.begin(task.request) + task.span * span_size;
     const int64_t end = std::min<int64_t>(begin + span_size, problem.context_lens[task.request]);
-    const int64_t query_size = shape.query_size();
-    Staged<T>* query = query_scratch.reserve<Staged<T>>(heads * query_size);
-    for (int64_t head = 0; head < heads; ++head)
-      shape.stage_query(task.request, first_head + head, query + head * query_size);
+    Staged<T>* query = query_scratch.reserve<Staged<T>>(shape.query_room(heads));
+    shape.stage_queries(task.request, first_head, heads, query);
     float* scores = score_scratch.reserve<float>(heads * kBlock);
     float* sums = partials + index * task_size;
     std::fill_n(sums, heads * head_size, 0.0f);

@@ -204,7 +204,7 @@ struct UnitHead {
     }
     for (int64_t input = 0; input < inputs; input += 2) stage_weights(input, columns);
     __asm__ volatile("" ::"r"(rows), "r"(columns) : "memory");
-    const MatrixUnit unit;
+    const MatrixUnit unit(std::min(problem.rows, kUnitRows));
     for (int64_t width = 0; width < widths; ++width) {
       int64_t group = 0;
       for (; group + 2 <= row_groups; group += 2) multiply<2>(rows, group, columns, width);
@@ -219,21 +219,12 @@ struct UnitHead {
     to += input / kUnitInputs * 2 * kUnitTile + input % kUnitInputs * kUnitRows;
     const BFloat16* ahead = weight + std::min(input + kAhead, problem.inputs - 2) * problem.weight_stride;
     for (int64_t at = 0; at < end - begin; at += kWidth, to += inputs * kWidth) {
-      const int64_t count = std::min(kWidth, end - begin - at);
-      const BFloat16* pair[2];
-      BFloat16 padded[2][kWidth];
+      const auto part_of = [&](int64_t row) {
+        return row < problem.inputs ? weight + row * problem.weight_stride + at : nullptr;
+      };
       __builtin_prefetch(ahead + at);
       __builtin_prefetch(ahead + problem.weight_stride + at);
-      for (int64_t each = 0; each < 2; ++each) {
-        const bool is_there = input + each < problem.inputs;
-        pair[each] = is_there ? weight + (input + each) * problem.weight_stride + at : padded[each];
-        if (is_there && count == kWidth) continue;
-        std::fill_n(padded[each], kWidth, BFloat16{});
-        if (!is_there) continue;
-        std::memcpy(padded[each], pair[each], count * sizeof(BFloat16));
-        pair[each] = padded[each];
-      }
-      stage_unit_pair(pair[0], pair[1], to, to + kUnitTile);
+      stage_unit_pair(part_of(input), part_of(input + 1), std::min(kWidth, end - begin - at), to);
     }
   }
 

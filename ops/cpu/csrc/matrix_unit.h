@@ -19,16 +19,18 @@ constexpr int64_t kUnitInputs = 32;  // of a tile
 constexpr int64_t kUnitTile = kUnitRows * kUnitInputs;
 constexpr int64_t kUnitTileRow = kUnitInputs * int64_t(sizeof(BFloat16));  // bytes
 
-// Sets the unit up for this thread and, at the end of its life, gives it back. There must be only one at a time.
+// Sets the unit up for this thread and, at the end of its life, gives it back. There must be only one at a time. Tiles
+// 6 and 7 are whole, the others have so many rows.
 class MatrixUnit {
  public:
-  MatrixUnit() {
+  explicit MatrixUnit(int64_t rows = kUnitRows) {
     struct alignas(kLineBytes) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } shapes;
-    for (int tile = 0; tile < 8; ++tile) shapes.row_bytes[tile] = kUnitTileRow, shapes.rows[tile] = kUnitRows;
+    for (int tile = 0; tile < 8; ++tile)
+      shapes.row_bytes[tile] = kUnitTileRow, shapes.rows[tile] = uint8_t(tile < 6 ? rows : kUnitRows);
     __asm__ volatile("" ::"r"(&shapes) : "memory");  // the intrinsic does not say that it reads them all
     _tile_loadconfig(&shapes);
   }
@@ -85,16 +87,23 @@ OMNI_INLINE void store_unit_pairs(BFloat16* to, Floats a, Floats b) {
   _mm512_storeu_si512(to, _mm512_permutex2var_epi16(halves, _mm512_loadu_si512(kOrder), halves));
 }
 
-// a0 b0 a1 b1 … of two rows of 32: the words of two inputs, for 16 columns and for the 16 of another tile.
-OMNI_INLINE void stage_unit_pair(const BFloat16* a, const BFloat16* b, BFloat16* to, BFloat16* next) {
+// a0 b0 a1 b1 … of two rows of 32, the words of two inputs: 16 columns for one tile, and 16 for the one behind it. Zeros
+// for what is missing of shorter rows, and for a row that is null.
+OMNI_INLINE void stage_unit_pair(const BFloat16* a, const BFloat16* b, int64_t width, BFloat16* to) {
   alignas(kLineBytes) static constexpr uint16_t kOrder[2][2 * kLanes] = {
       {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
       {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
        24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
-  const __m512i first = _mm512_loadu_si512(a), second = _mm512_loadu_si512(b);
+  const auto whole = [&](const BFloat16* row) OMNI_LAMBDA {
+    if (row && width == 2 * kUnitRows) return _mm512_loadu_si512(row);
+    BFloat16 padded[2 * kUnitRows] = {};
+    if (row) std::memcpy(padded, row, width * sizeof(BFloat16));
+    return _mm512_loadu_si512(padded);
+  };
+  const __m512i first = whole(a), second = whole(b);
   _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first, _mm512_loadu_si512(kOrder[0]), second));
-  _mm512_storeu_si512(next, _mm512_permutex2var_epi16(first, _mm512_loadu_si512(kOrder[1]), second));
+  _mm512_storeu_si512(to + kUnitTile, _mm512_permutex2var_epi16(first, _mm512_loadu_si512(kOrder[1]), second));
 }
 
 // Lines of a matrix that is read next, in the order in which they lie, asked for a few at a time.

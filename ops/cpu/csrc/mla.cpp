@@ -1,6 +1,7 @@
 // Absorbed MLA decode attention: all heads attend to one latent per token, so a group of heads reads it once.
 
 #include "attention.h"
+#include "matrix_unit.h"
 
 namespace omni {
 namespace {
@@ -142,13 +143,14 @@ struct LatentHeads {
   int64_t value_size() const { return problem.rank; }
   int64_t begin(int64_t) const { return 0; }
 
-  void stage_query(int64_t request, int64_t head, Staged<T>* to) const {
-    const auto* latent = static_cast<const T*>(problem.query_latent);
-    const auto* rope = static_cast<const T*>(problem.query_rope);
-    stage<T>(latent + request * problem.query_latent_stride + head * problem.query_latent_head_stride, problem.rank,
-             to);
-    stage<T>(rope + request * problem.query_rope_stride + head * problem.query_rope_head_stride, problem.rope_dim,
-             to + staged_size<T>(problem.rank));
+  int64_t query_room(int64_t heads) const { return heads * query_size(); }
+  void stage_queries(int64_t request, int64_t first_head, int64_t heads, Staged<T>* to) const {
+    const auto* latent = static_cast<const T*>(problem.query_latent) + request * problem.query_latent_stride;
+    const auto* rope = static_cast<const T*>(problem.query_rope) + request * problem.query_rope_stride;
+    for (int64_t head = first_head; head < first_head + heads; ++head, to += query_size()) {
+      stage<T>(latent + head * problem.query_latent_head_stride, problem.rank, to);
+      stage<T>(rope + head * problem.query_rope_head_stride, problem.rope_dim, to + staged_size<T>(problem.rank));
+    }
   }
 
   void locate(const Pages& pages, int64_t, int64_t token, BlockRows<T>& rows) const {
@@ -193,11 +195,165 @@ struct LatentHeads {
   }
 };
 
+#if defined(__AMX_BF16__)
+// The same by the matrix unit, 16 heads at a time. For their scores the latents are tiles as they lie; for their sums
+// the elements of each two tokens are put side by side.
+struct UnitLatentHeads : LatentHeads<BFloat16> {
+  static constexpr int64_t up(int64_t size) { return (size + kUnitInputs - 1) / kUnitInputs * kUnitInputs; }
+
+  int64_t latent_size() const { return up(problem.rank); }
+  int64_t group_size() const { return kUnitRows * (latent_size() + up(problem.rope_dim)); }
+  int64_t query_room(int64_t heads) const { return (heads + kUnitRows - 1) / kUnitRows * group_size(); }
+
+  void stage_queries(int64_t request, int64_t first_head, int64_t heads, BFloat16* to) const {
+    const auto* latent = static_cast<const BFloat16*>(problem.query_latent) + request * problem.query_latent_stride;
+    const auto* rope = static_cast<const BFloat16*>(problem.query_rope) + request * problem.query_rope_stride;
+    for (int64_t done = 0; done < heads; done += kUnitRows, to += group_size()) {
+      const int64_t count = std::min(kUnitRows, heads - done), head = first_head + done;
+      stage_for_unit(
+          [&](int64_t each) OMNI_LAMBDA { return latent + (head + each) * problem.query_latent_head_stride; }, count,
+          problem.rank, to);
+      stage_for_unit([&](int64_t each) OMNI_LAMBDA { return rope + (head + each) * problem.query_rope_head_stride; },
+                     count, problem.rope_dim, to + kUnitRows * latent_size());
+    }
+  }
+
+  void scores(const BlockRows<BFloat16>& block, const BFloat16* query, int64_t heads, float* to) const {
+    static thread_local Scratch scratch;
+    auto* copies = scratch.reserve<BFloat16>(kBlock * (latent_size() + up(problem.rope_dim)));
+    const TokenTiles latents(block, 0, problem.rank, copies);
+    const TokenTiles ropes(block, 1, problem.rope_dim, copies + kBlock * latent_size());
+    const int64_t tiles = (block.count + kUnitRows - 1) / kUnitRows;
+    const MatrixUnit unit;
+    for (int64_t first = 0; first < heads; first += kUnitRows, query += group_size()) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      latents.meet(query, latent_size(), tiles);
+      ropes.meet(query + kUnitRows * latent_size(), up(problem.rope_dim), tiles);
+      alignas(kLineBytes) UnitSums sums[kTiles];
+      _tile_stored(0, sums[0], kUnitTileRow);
+      _tile_stored(1, sums[1], kUnitTileRow);
+      _tile_stored(2, sums[2], kUnitTileRow);
+      _tile_stored(3, sums[3], kUnitTileRow);
+      const int64_t count = std::min(kUnitRows, heads - first);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        Floats square[kLanes];
+        OMNI_UNROLL
+        for (int line = 0; line < kLanes; ++line) square[line] = load<Floats>(sums[tile] + line * kUnitRows);
+        transpose(square);
+        for (int64_t head = 0; head < count; ++head)
+          store(to + (first + head) * kBlock + tile * kUnitRows, square[head]);
+      }
+    }
+  }
+
+  void add_values(const BlockRows<BFloat16>& block, const float* weights, int64_t heads, float* to,
+                  int64_t to_stride) const {
+    static thread_local Scratch scratch;
+    auto* shares = scratch.reserve<BFloat16>(heads * kBlock + kTiles * kUnitTile);  // [heads, kBlock], rounded
+    BFloat16* values = shares + heads * kBlock;
+    for (int64_t at = 0; at < heads * kBlock; at += kLanes) store_unit(shares + at, load<Floats>(weights + at));
+    const int64_t whole = heads / kUnitRows * kUnitRows;
+    if (whole > 0) add_values_of(block, 0, whole, kUnitRows, shares, values, to, to_stride);
+    if (whole < heads) add_values_of(block, whole, heads, heads - whole, shares, values, to, to_stride);
+  }
+
+ private:
+  static constexpr int kTiles = kBlock / kUnitRows;
+  static_assert(kTiles == 4);
+
+  // A part of a block's tokens, 16 of which are a tile: where they lie, or copied where they lie otherwise.
+  struct TokenTiles {
+    const BFloat16* first[kTiles] = {};
+    int64_t row_bytes[kTiles] = {};
+
+    TokenTiles(const BlockRows<BFloat16>& block, int part, int64_t size, BFloat16* copies) {
+      const int64_t padded = up(size);
+      for (int64_t token = 0; token < block.count; token += kUnitRows) {
+        const BFloat16* const* rows = block.parts[part] + token;
+        const int64_t count = std::min(kUnitRows, block.count - token), apart = count > 1 ? rows[1] - rows[0] : 0;
+        bool is_tile = padded == size && count == kUnitRows;
+        for (int64_t row = 1; is_tile && row < count; ++row) is_tile = rows[row] - rows[0] == row * apart;
+        if (!is_tile) {
+          BFloat16* to = copies + token * padded;
+          std::fill_n(to, kUnitRows * padded, BFloat16{});
+          for (int64_t row = 0; row < count; ++row) std::memcpy(to + row * padded, rows[row], size * sizeof(BFloat16));
+        }
+        first[token / kUnitRows] = is_tile ? rows[0] : copies + token * padded;
+        row_bytes[token / kUnitRows] = (is_tile ? apart : padded) * int64_t(sizeof(BFloat16));
+      }
+      __asm__ volatile("" ::"r"(copies) : "memory");
+    }
+
+    // Adds to the scores of 16 heads in tiles 0 to 3.
+    OMNI_INLINE void meet(const BFloat16* query, int64_t size, int64_t tiles) const {
+      for (int64_t at = 0; at < size; at += kUnitInputs) {
+        _tile_loadd(6, query + at * kUnitRows, kUnitTileRow);
+        _tile_loadd(4, first[0] + at, row_bytes[0]);
+        _tile_dpbf16ps(0, 4, 6);
+        if (tiles < 2) continue;
+        _tile_loadd(5, first[1] + at, row_bytes[1]);
+        _tile_dpbf16ps(1, 5, 6);
+        if (tiles < 3) continue;
+        _tile_loadd(4, first[2] + at, row_bytes[2]);
+        _tile_dpbf16ps(2, 4, 6);
+        if (tiles < 4) continue;
+        _tile_loadd(5, first[3] + at, row_bytes[3]);
+        _tile_dpbf16ps(3, 5, 6);
+      }
+    }
+  };
+
+  // The sums of heads [begin, end), `together` of which are a tile.
+  void add_values_of(const BlockRows<BFloat16>& block, int64_t begin, int64_t end, int64_t together,
+                     const BFloat16* shares, BFloat16* values, float* to, int64_t to_stride) const {
+    constexpr int64_t kShareRow = kBlock * int64_t(sizeof(BFloat16));
+    static_assert(kValueLanes == 2 * kUnitRows);
+    const int64_t sums_row = to_stride * int64_t(sizeof(float)), tokens = up(block.count);
+    const MatrixUnit unit(together);
+    for (int64_t at = 0; at < problem.rank; at += kValueLanes) {
+      const int64_t width = std::min(kValueLanes, problem.rank - at);
+      const auto part_of = [&](int64_t token) { return token < block.count ? block.parts[0][token] + at : nullptr; };
+      for (int64_t token = 0; token < tokens; token += 2)
+        stage_unit_pair(part_of(token), part_of(token + 1), width,
+                        values + token / kUnitInputs * 2 * kUnitTile + token % kUnitInputs * kUnitRows);
+      __asm__ volatile("" ::"r"(shares), "r"(values), "r"(to) : "memory");
+      for (int64_t head = begin; head < end; head += together) {
+        float* sums = to + head * to_stride + at;
+        const BFloat16* share = shares + head * kBlock;
+        _tile_loadd(0, sums, sums_row);
+        _tile_loadd(1, sums + kUnitRows, sums_row);
+        _tile_loadd(4, share, kShareRow);
+        _tile_loadd(6, values, kUnitTileRow);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, values + kUnitTile, kUnitTileRow);
+        _tile_dpbf16ps(1, 4, 7);
+        if (tokens > kUnitInputs) {
+          _tile_loadd(5, share + kUnitInputs, kShareRow);
+          _tile_loadd(6, values + 2 * kUnitTile, kUnitTileRow);
+          _tile_dpbf16ps(0, 5, 6);
+          _tile_loadd(7, values + 3 * kUnitTile, kUnitTileRow);
+          _tile_dpbf16ps(1, 5, 7);
+        }
+        _tile_stored(0, sums, sums_row);
+        _tile_stored(1, sums + kUnitRows, sums_row);
+      }
+    }
+    __asm__ volatile("" ::"r"(to) : "memory");
+  }
+};
+#endif
+
 }  // namespace
 
 void mla_decode_attention(const LatentAttention& problem) {
   with_element(problem.element, [&](auto element) {
     using T = decltype(element);
+#if defined(__AMX_BF16__)
+    if constexpr (kByMatrixUnit<T>) return attend<T>(UnitLatentHeads{{problem}}, problem);
+#endif
     attend<T>(LatentHeads<T>{problem}, problem);
   });
 }
