@@ -348,7 +348,7 @@ class ModelRunner:
             last=last,
         )
         state, memory = self.table.state, drafting.memory
-        draft(drafting.drafter, tokens, state, self.caches, memory, plan.num_drafts, "gumbel")
+        draft(drafting.drafter, tokens, state, self.caches, memory, plan.num_drafts, "gumbel", self.model.ops.table)
 
     def _begin_masks(self, decode_rows: np.ndarray, num_drafts: int, chunk_rows: np.ndarray) -> StepMasks | None:
         """The masks of the step that is about to be computed, None for none; see `ConstrainedRows.begin`."""

@@ -39,10 +39,15 @@ def _row_keys(seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """The first of each row's largest entries: float32 [rows, vocab] -> int64 [rows]. As `argmax`, but for NaNs."""
-    if not (torch.compiler.is_compiling() and logits.device.type == "cpu"):
-        return logits.argmax(dim=-1)
-    # Inductor makes plain vector loops of a largest entry and of a smallest index, but not of an argmax.
+    """The first of each row's largest entries: float32 [rows, vocab] -> int64 [rows]."""
+    return logits.argmax(dim=-1)
+
+
+def likeliest_by_loops(logits: Tensor) -> Tensor:
+    """As `likeliest`, but for NaNs. For graphs that Inductor compiles for a CPU: it makes plain vector loops of a
+    largest entry and of a smallest index, but not of an argmax."""
+    if not torch.compiler.is_compiling():
+        return likeliest(logits)
     last = logits.shape[-1] - 1
     tokens = torch.arange(last + 1, dtype=torch.int32, device=logits.device)
     return torch.where(logits == logits.amax(dim=-1, keepdim=True), tokens, last).amin(dim=-1).to(torch.int64)

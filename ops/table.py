@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor
 
-from . import activation, attention, dsa, hints, mla, moe, norm, rope, rows
+from . import activation, attention, dsa, hints, mla, moe, norm, rope, rows, sampling
 from . import linear as plain_linear
 
 
@@ -36,6 +36,7 @@ class OpTable:
     gate_topk: Callable[..., tuple[Tensor, Tensor]]
     routed_experts: Callable[..., Tensor]
     dispatched_experts: Callable[..., Tensor]
+    likeliest: Callable[[Tensor], Tensor]
     put_rows: Callable[..., None]
     side_stream: Callable[[str], AbstractContextManager[object]]
     prefetch: Callable[[Tensor, Tensor], None]
@@ -60,6 +61,7 @@ PLAIN = OpTable(
     gate_topk=moe.gate_topk,
     routed_experts=moe.routed_experts,
     dispatched_experts=moe.dispatched_experts,
+    likeliest=sampling.likeliest,
     put_rows=rows.put_rows,
     side_stream=hints.side_stream,
     prefetch=hints.prefetch,
@@ -103,6 +105,7 @@ def cpu_table() -> OpTable:
         mla_decode_attention=kernels.mla_decode_attention,
         sparse_mla_decode_attention=partial(dsa.sparse_mla_decode_attention, attention=kernels.mla_decode_attention),
         routed_experts=kernels.routed_experts,
+        likeliest=sampling.likeliest_by_loops,
     )
 
 
@@ -131,6 +134,7 @@ def npu_table(with_hints: bool = True) -> OpTable:
         gate_topk=moe.gate_topk,
         routed_experts=moe.routed_experts,
         dispatched_experts=dispatch.dispatched_experts,
+        likeliest=PLAIN.likeliest,
         put_rows=cache.put_rows,
         side_stream=npu_hints.side_stream if with_hints else hints.side_stream,
         prefetch=npu_hints.prefetch if with_hints else hints.prefetch,

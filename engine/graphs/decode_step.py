@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ...models.forward_context import ForwardContext
-from ...ops.sampling import gumbel_noise, likeliest
-from ...ops.table import BoundOps
+from ...ops.sampling import gumbel_noise
+from ...ops.table import BoundOps, OpTable
 from ..row_state import NO_DRAFT, RowState, decode_context
 from ..speculation.buffers import Handoff
 from ..speculation.drafting import Drafter, StepTokens
@@ -35,13 +35,15 @@ class Decoder(Protocol):
     def logits(self, hidden: Tensor) -> Tensor: ...
 
 
-def choose_tokens(logits: Tensor, state: RowState, rows: Tensor, positions: Tensor, sampler: str) -> Tensor:
+def choose_tokens(
+    logits: Tensor, state: RowState, rows: Tensor, positions: Tensor, sampler: str, table: OpTable
+) -> Tensor:
     """The tokens at `positions` (int64 [tokens]) of rows (int64 [tokens]) from float32 logits [tokens, vocab]: the
     likeliest, or by `gumbel` with the row's temperature and noise -> int64 [tokens]."""
     if sampler == "gumbel":
         noise = gumbel_noise(state.seed[rows], positions, logits.shape[-1])
         logits = logits / state.temperature[rows, None] + noise * state.noise_scale[rows, None]
-    return likeliest(logits)
+    return table.likeliest(logits)
 
 
 def repeated(rows: Tensor, times: int) -> Tensor:
@@ -115,12 +117,13 @@ class DecodeStep(nn.Module):
                 buffers.input_ids.copy_(input_ids)
             return logits
         token_rows = repeated(rows, tokens_per_request)
-        sampled = choose_tokens(logits, state, token_rows, context.positions + 1, self.sampler)
+        table = self.model.ops.table
+        sampled = choose_tokens(logits, state, token_rows, context.positions + 1, self.sampler, table)
         output, accepted = verify(state, rows, drafts, sampled.view(-1, tokens_per_request), self.acceptance)
         if self.drafter is not None:
             last = torch.arange(rows.shape[0], device=rows.device) * tokens_per_request + accepted
             tokens = StepTokens(rows, token_rows, context, input_ids, sampled, hidden, last)
-            draft(self.drafter, tokens, state, caches, memory, self.num_drafts, self.sampler)
+            draft(self.drafter, tokens, state, caches, memory, self.num_drafts, self.sampler, table)
         return output
 
 
@@ -150,7 +153,8 @@ class DraftStep(nn.Module):
         token_rows = repeated(rows, tokens_per_request)
         last = torch.arange(rows.shape[0], device=rows.device) * tokens_per_request + buffers.accepted
         tokens = StepTokens(rows, token_rows, context, buffers.input_ids, buffers.sampled, buffers.hidden, last)
-        return draft(self.drafter, tokens, state, caches, memory, self.num_drafts, "gumbel")
+        table = self.model.ops.table
+        return draft(self.drafter, tokens, state, caches, memory, self.num_drafts, "gumbel", table)
 
 
 def draft(
@@ -161,12 +165,13 @@ def draft(
     memory: tuple[Tensor, ...],
     num_drafts: int,
     sampler: str,
+    table: OpTable,
 ) -> Tensor:
     """Let the drafter take in a step's tokens and guess what follows, by the rows' own noise with the sampler `gumbel`
     -> int64 [n, num_drafts], which the state keeps too."""
 
     def choose(logits: Tensor, positions: Tensor) -> Tensor:
-        return choose_tokens(logits, state, tokens.rows, positions, sampler)
+        return choose_tokens(logits, state, tokens.rows, positions, sampler, table)
 
     own = caches[len(caches) - drafter.num_caches :]
     drafts = drafter.draft(tokens, state, own, memory, num_drafts, choose)

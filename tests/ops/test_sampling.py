@@ -138,6 +138,6 @@ def test_the_likeliest_token_is_the_first_of_the_largest_also_in_a_graph():
     logits[3] = -torch.inf
     logits[4, 5:] = -torch.inf
     expected = torch.from_numpy(logits.numpy().argmax(axis=-1))
-    for body in (sampling.likeliest, torch.compile(sampling.likeliest)):
+    for body in (sampling.likeliest, sampling.likeliest_by_loops, torch.compile(sampling.likeliest_by_loops)):
         result = body(logits)
         assert result.dtype == torch.int64 and torch.equal(result, expected)
